@@ -1,0 +1,45 @@
+# One environment in .venv, made once and again whenever the requirements change.
+PYTHON ?= python3.11
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: demo test lint check-types contracts suite bench soak clean install
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or call make with PYTHON=..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+	@echo "installing torch (the largest part), then the rest; a few minutes, once"
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+demo: $(READY)  ## real CT in, pre-trained weights out
+	$(BIN)/python examples/demo.py
+
+test: lint check-types contracts suite  ## all that must hold before a change lands
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+check-types: $(READY)
+	$(BIN)/mypy
+
+contracts: $(READY)
+	$(BIN)/lint-imports
+
+suite: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+bench: $(READY)  ## measured comparisons; results are committed under docs/benchmarks
+	$(BIN)/python -m benchmarks.read_box
+
+soak: $(READY)  ## the long kill-and-resume run
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+
+clean:
+	rm -rf $(VENV) runs stores build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,154 @@
+"""YAML and `key=value` overrides in, a checked config out; and the way back, with a digest.
+
+Unknown keys are answered with the nearest known one. Every complaint is one line that names file, key and value.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+import types
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from mim_scale.config import Section
+from mim_scale.errors import ConfigError
+
+Root = TypeVar("Root", bound=Section)
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it: 1e-4 is a number, a key given twice is a mistake."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=deep) for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+0123456789.")
+)
+
+
+def load_config(root: type[Root], path: Path, overrides: Sequence[str] = ()) -> Root:
+    """Read a YAML file, apply `a.b=value` overrides, check the whole.
+
+    Raises:
+        ConfigError: one line that names the file, the key, the value and the remedy.
+    """
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such config file; shipped ones are in configs/")
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(values).__name__}")
+    for override in overrides:
+        _apply(values, override)
+    return check_config(root, values, str(path))
+
+
+def check_config(root: type[Root], values: dict[str, Any], where: str) -> Root:
+    """Turn plain values into a config, or raise ConfigError in one line."""
+    _refuse_unknown(root, values, where, ())
+    try:
+        return root.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, where)) from None
+
+
+def config_values(config: Section) -> dict[str, Any]:
+    """The config as plain YAML values."""
+    values: dict[str, Any] = json.loads(config.model_dump_json())
+    return values
+
+
+def dump_config(config: Section) -> str:
+    """The config as YAML text; loading it gives the same config."""
+    return yaml.safe_dump(config_values(config), sort_keys=False)
+
+
+def digest_config(config: Section) -> str:
+    """SHA-256 of the resolved values, as hex."""
+    return hashlib.sha256(json.dumps(config_values(config), sort_keys=True).encode()).hexdigest()
+
+
+def _apply(values: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    if not separator or not key:
+        raise ConfigError(f"override {override!r}: write it as key=value, for example train.steps=100")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError:
+        raise ConfigError(f"override {override!r}: the value is not readable as YAML") from None
+    *parents, last = key.split(".")
+    for parent in parents:
+        values = _step_into(values, parent, override)
+    if isinstance(values, list):
+        values[_list_index(values, last, override)] = value
+    else:
+        values[last] = value
+
+
+def _step_into(values: Any, name: str, override: str) -> Any:
+    if isinstance(values, list):
+        return values[_list_index(values, name, override)]
+    child = values.setdefault(name, {})
+    if not isinstance(child, dict | list):
+        raise ConfigError(f"override {override!r}: {name} is a single value, it has nothing inside")
+    return child
+
+
+def _list_index(values: list[Any], name: str, override: str) -> int:
+    if not name.isdigit() or int(name) >= len(values):
+        raise ConfigError(f"override {override!r}: {name} is no index of a list of {len(values)} (0 to {len(values) - 1})")
+    return int(name)
+
+
+def _refuse_unknown(section: type[BaseModel], values: Any, where: str, path: tuple[str, ...]) -> None:
+    if not isinstance(values, dict):
+        return
+    known = section.model_fields
+    for key, value in values.items():
+        if key not in known:
+            near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
+            hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known here: {', '.join(known)}"
+            raise ConfigError(f"{where}: unknown key {'.'.join((*path, str(key)))}; {hint}")
+        inner = _section_in(known[key].annotation)
+        if inner is None:
+            continue
+        items = enumerate(value) if isinstance(value, list) else [(None, value)]
+        for index, item in items:
+            _refuse_unknown(inner, item, where, (*path, key if index is None else f"{key}.{index}"))
+
+
+def _section_in(annotation: Any) -> type[BaseModel] | None:
+    """The section that a field holds, alone or in a tuple or a union."""
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in typing.get_args(annotation):
+        inner = _section_in(argument)
+        if inner is not None:
+            return inner
+    return None
+
+
+def _explain(error: ValidationError, where: str) -> str:
+    first = error.errors()[0]
+    key = ".".join(str(part) for part in first["loc"])
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] == "missing":
+        return f"{where}: {key} is missing; it changes results, so it has no default{more}"
+    if first["type"] == "value_error":
+        return f"{where}: {f'{key}: ' if key else ''}{first['ctx']['error']}{more}"
+    return f"{where}: {key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"

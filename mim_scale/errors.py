@@ -1,0 +1,75 @@
+"""The errors a user can meet, as one tree, and the exit code each one ends with.
+
+    MimScaleError            2
+    +-- ConfigError          2   a setting is unknown, of the wrong type, or impossible
+    +-- SourceError          2   an input folder or file cannot be used
+    +-- StoreError           2   a store is missing, uncommitted, or not the one expected
+    |   +-- DamagedError     3   bytes that were committed no longer match their checksum
+    +-- CheckpointError      2   no checkpoint can be used, or it belongs to another run
+    +-- ClusterError         2   Ray or the ranks cannot be reached or started
+    +-- DivergedError        1   the loss is not finite
+
+A message is one line: what is wrong, where, what to do.
+"""
+
+import sys
+import traceback
+from collections.abc import Callable
+
+EXIT_REQUEUE = 75
+"""The run was asked to stop, saved itself, and goes on when started again."""
+
+
+class MimScaleError(Exception):
+    """The root of every error that is not our bug."""
+
+    exit_code = 2
+
+
+class ConfigError(MimScaleError):
+    """A setting is unknown, of the wrong type, or impossible beside another."""
+
+
+class SourceError(MimScaleError):
+    """An input folder or file cannot be used."""
+
+
+class StoreError(MimScaleError):
+    """A store is missing, has no commit record, or is not the one expected."""
+
+
+class DamagedError(StoreError):
+    """Committed bytes are missing or no longer match their checksum."""
+
+    exit_code = 3
+
+
+class CheckpointError(MimScaleError):
+    """No checkpoint can be used, or it belongs to another run."""
+
+
+class ClusterError(MimScaleError):
+    """Ray, or the other ranks, cannot be reached or started."""
+
+
+class DivergedError(MimScaleError):
+    """The loss or the gradient is not finite."""
+
+    exit_code = 1
+
+
+def exit_with(main: Callable[[], int]) -> None:
+    """Run main and end the process with its code; a user's mistake is one line, our bug a traceback."""
+    try:
+        code = main()
+    except MimScaleError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted: start the same command again to go on", file=sys.stderr, flush=True)
+        code = 130
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug of mim-scale: please report it with the lines above.", file=sys.stderr, flush=True)
+        code = 1
+    sys.exit(code)

@@ -1,0 +1,86 @@
+"""One Ray cluster for the life of a `with`: the user's own where RAY_ADDRESS names it, else one of ours on loopback.
+
+A cluster that we start is authenticated by a random token in a private file, and only a cluster that we started is ended. Every
+other module takes `ray` from here: Ray reads its authentication mode once, when it is imported, so the mode must be set before.
+"""
+
+import atexit
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mim_scale.errors import ClusterError
+
+
+def _set_authentication() -> None:
+    """Give this process and its children a token of their own, unless the user's cluster or settings are to be used."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ:
+        return
+    descriptor, token = tempfile.mkstemp(prefix="mim-ray-token-")  # mkstemp gives mode 600
+    with os.fdopen(descriptor, "w") as file:
+        file.write(secrets.token_hex(32))
+    owner = os.getpid()
+    atexit.register(lambda: Path(token).unlink(missing_ok=True) if os.getpid() == owner else None)
+    os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
+
+
+_set_authentication()
+
+import ray as ray  # noqa: E402, PLC0414
+
+
+@contextmanager
+def ray_cluster(num_cpus: int | None = None) -> Iterator[str]:
+    """Join or start a cluster; yields its address, which child processes join by RAY_ADDRESS.
+
+    Raises:
+        ClusterError: the cluster named by RAY_ADDRESS cannot be joined, or none can be started.
+    """
+    if ray.is_initialized():
+        yield str(ray.get_runtime_context().gcs_address)
+        return
+    address = os.environ.get("RAY_ADDRESS")
+    folder = None
+    try:
+        if address:
+            _join(address)
+        else:
+            # Ray puts sockets below this folder and their paths are limited to about 100 characters.
+            folder = Path(tempfile.mkdtemp(prefix="mim-ray-", dir="/tmp"))
+            _start(folder, num_cpus)
+        yield str(ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
+        if folder is not None:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterError(
+            f"no Ray cluster can be joined at RAY_ADDRESS={address}: {reason}; start one with `ray start --head`, "
+            "and give this process the same RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH as the head"
+        ) from None
+
+
+def _start(folder: Path, num_cpus: int | None) -> None:
+    try:
+        ray.init(
+            num_cpus=num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            _node_ip_address="127.0.0.1",
+            _temp_dir=str(folder),
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ClusterError(f"Ray did not start on this machine: {reason}") from None
