@@ -242,7 +242,9 @@ class TrainConfig(Section):
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
         if self.engine == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError("precision bf16 at zero_stage 0 drifts from fp32 under DeepSpeed: take zero_stage 1 or more")
+            raise ValueError(
+                "precision bf16 at zero_stage 0 drifts from fp32 under DeepSpeed: take zero_stage 1 or more"
+            )
         return self
 
 
@@ -301,7 +303,9 @@ class PretrainConfig(Section):
                 f"grid to tokens of {stride} voxels; take token {stride}, or {int(math.log2(self.plan.token[0]))} widths"
             )
         if self.optimizer.warmup_steps >= self.train.steps:
-            raise ValueError(f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps {self.train.steps}")
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps {self.train.steps}"
+            )
         return self
 
 

@@ -111,7 +111,9 @@ def _step_into(values: Any, name: str, override: str) -> Any:
 
 def _list_index(values: list[Any], name: str, override: str) -> int:
     if not name.isdigit() or int(name) >= len(values):
-        raise ConfigError(f"override {override!r}: {name} is no index of a list of {len(values)} (0 to {len(values) - 1})")
+        raise ConfigError(
+            f"override {override!r}: {name} is no index of a list of {len(values)} (0 to {len(values) - 1})"
+        )
     return int(name)
 
 
@@ -134,7 +136,11 @@ def _refuse_unknown(section: type[BaseModel], values: Any, where: str, path: tup
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     """The section that a field holds, alone or in a tuple or a union."""
-    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias) and issubclass(annotation, BaseModel):
+    if (
+        isinstance(annotation, type)
+        and not isinstance(annotation, types.GenericAlias)
+        and issubclass(annotation, BaseModel)
+    ):
         return annotation
     for argument in typing.get_args(annotation):
         inner = _section_in(argument)

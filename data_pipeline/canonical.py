@@ -1,0 +1,128 @@
+"""From a scan as read to a volume as stored: whole HU, one orientation, air where the scanner had nothing. Pure.
+
+Axes are permuted and flipped, never interpolated, unless a spacing is asked for.
+"""
+
+import itertools
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.sources.source import Scan
+from mim_scale.store.geometry import Spacing3
+from mim_scale.store.volume import AIR_HU, Volume
+
+_LARGEST_HU = 32767
+_LARGEST_SHEAR = 1e-3
+"""Cosine between two axes of the grid; a right angle has 0."""
+_SPACING_RANGE_MM = (0.05, 20.0)
+_SAME_SPACING = 1e-4
+
+
+def canonical(scan: Scan, spacing_mm: Spacing3 | None = None) -> tuple[Volume, tuple[str, ...]]:
+    """Bring a scan to the store's conventions.
+
+    Args:
+        scan: voxels in HU, and where they lie.
+        spacing_mm: resample to this spacing (z, y, x); None keeps the scan's own.
+
+    Returns:
+        The volume, and codes of what was changed, sorted.
+
+    Raises:
+        Rejected: no regular 3D grid, or values that are no HU.
+    """
+    check_grid(scan)
+    repairs = set(scan.repairs)
+    voxels, affine = _reorient(scan.voxels, scan.affine, repairs)
+    hu = _whole_hu(voxels, repairs)
+    x_mm, y_mm, z_mm = (float(step) for step in np.linalg.norm(affine[:3, :3], axis=0))
+    volume = Volume(hu, (z_mm, y_mm, x_mm), affine)
+    if spacing_mm is not None and not np.allclose(volume.spacing_mm, spacing_mm, rtol=_SAME_SPACING):
+        volume = resample(volume, spacing_mm)
+        repairs.add("resampled")
+    return volume, tuple(sorted(repairs))
+
+
+def check_grid(scan: Scan) -> None:
+    """Raise Rejected where the voxels are no 3D array or the affine no plausible right-angled grid."""
+    if scan.voxels.ndim != 3 or 0 in scan.voxels.shape:
+        raise Rejected(Reason.NOT_3D, f"an array of shape {scan.voxels.shape}, expected 3 axes with voxels")
+    matrix = scan.affine[:3, :3]
+    if not np.isfinite(scan.affine).all():
+        raise Rejected(Reason.NO_GEOMETRY, "the affine holds numbers that are not finite")
+    steps = np.linalg.norm(matrix, axis=0)
+    low, high = _SPACING_RANGE_MM
+    if steps.min() < low or steps.max() > high:
+        shown = ", ".join(f"{step:.4g}" for step in steps)
+        raise Rejected(
+            Reason.SPACING_IMPLAUSIBLE, f"voxels of {shown} mm, expected {low} to {high} mm along every axis"
+        )
+    cosines = (matrix / steps).T @ (matrix / steps) - np.eye(3)
+    if np.abs(cosines).max() > _LARGEST_SHEAR:
+        raise Rejected(
+            Reason.SHEARED_AFFINE,
+            f"two axes of the grid are {np.degrees(np.abs(cosines).max()):.2f} degrees off a right angle",
+        )
+
+
+def _reorient(
+    voxels: NDArray[np.generic], affine: NDArray[np.float64], repairs: set[str]
+) -> tuple[NDArray[np.generic], NDArray[np.float64]]:
+    """Voxels as (z, y, x), and the affine from (x, y, z, 1), each axis as near to R, A, S as whole turns bring it."""
+    directions = affine[:3, :3] / np.linalg.norm(affine[:3, :3], axis=0)
+    # Of the six ways to name the axes, the one nearest to R, A, S: independent of the order of axes in the file.
+    axes = max(itertools.permutations(range(3)), key=lambda p: sum(abs(directions[i, p[i]]) for i in range(3)))
+    turned = np.array(affine)
+    turned[:, :3] = affine[:, list(axes)]
+    array = voxels.transpose(axes)
+    for axis in range(3):
+        if turned[axis, axis] < 0:
+            turned[:3, 3] += turned[:3, axis] * (array.shape[axis] - 1)
+            turned[:3, axis] *= -1
+            array = np.flip(array, axis)
+    if axes != (0, 1, 2) or not np.array_equal(turned, affine):
+        repairs.add("reoriented")
+    return array.transpose(2, 1, 0), turned
+
+
+def _whole_hu(voxels: NDArray[np.generic], repairs: set[str]) -> NDArray[np.int16]:
+    """int16 HU in C order; below air becomes air."""
+    if voxels.dtype.kind == "f":
+        if not np.isfinite(voxels).all():
+            raise Rejected(Reason.NON_FINITE, f"{int((~np.isfinite(voxels)).sum())} voxels are NaN or infinite")
+        whole = np.rint(voxels)
+        if not np.array_equal(whole, voxels):
+            repairs.add("rounded")
+    elif voxels.dtype.kind in "iu":
+        whole = voxels
+    else:
+        raise Rejected(Reason.NOT_3D, f"voxels of type {voxels.dtype}, expected real numbers")
+    low, high = float(whole.min()), float(whole.max())
+    if high > _LARGEST_HU:
+        raise Rejected(Reason.HU_IMPLAUSIBLE, f"values up to {high:g}: no HU")
+    if low < AIR_HU:
+        repairs.add("padding_mapped")
+        # Unsigned types cannot be here: their minimum is 0.
+        whole = np.maximum(whole, np.asarray(AIR_HU, whole.dtype))
+    return np.ascontiguousarray(whole, dtype=np.int16)
+
+
+def resample(volume: Volume, spacing_mm: Spacing3) -> Volume:
+    """Trilinear, after a Gaussian where an axis gets coarser so that nothing aliases; the grid's first corner stays."""
+    factors = np.array(spacing_mm) / np.array(volume.spacing_mm)
+    shape = tuple(max(1, round(size / factor)) for size, factor in zip(volume.shape, factors, strict=True))
+    values = volume.voxels.astype(np.float32)
+    sigma = np.maximum((factors - 1) / 2, 0)
+    if sigma.any():
+        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
+    # The centre of new voxel j lies at (j + 1/2) * factor - 1/2 in old voxels.
+    offset = factors / 2 - 0.5
+    values = ndimage.affine_transform(values, factors, offset, output_shape=shape, order=1, mode="nearest")
+    affine = np.array(volume.affine)
+    affine[:3, 3] += volume.affine[:3, :3] @ offset[::-1]
+    affine[:3, :3] *= factors[::-1]
+    hu = np.clip(np.rint(values), AIR_HU, _LARGEST_HU).astype(np.int16)
+    return Volume(hu, spacing_mm, affine)

@@ -1,0 +1,44 @@
+"""Why an input is not in the store: one code for each cause, and the exception that carries it.
+
+A rejection is an outcome, not a failure: it ends as one quarantine row and the build goes on. Details name no file, path
+or person.
+"""
+
+from enum import StrEnum
+
+
+class Reason(StrEnum):
+    """The codes that a quarantine row can carry."""
+
+    UNREADABLE = "unreadable"
+    NO_PIXELS = "no_pixels"
+    NOT_CT = "not_ct"
+    LOCALIZER = "localizer"
+    DERIVED_MAP = "derived_map"
+    SECONDARY_CAPTURE = "secondary_capture"
+    MULTI_FRAME = "multi_frame"
+    NO_GEOMETRY = "no_geometry"
+    MIXED_SIZES = "mixed_sizes"
+    MIXED_ORIENTATION = "mixed_orientation"
+    REPEATED_POSITIONS = "repeated_positions"
+    MISSING_SLICES = "missing_slices"
+    UNEVEN_SPACING = "uneven_spacing"
+    GANTRY_TILT = "gantry_tilt"
+    TOO_FEW_SLICES = "too_few_slices"
+    NOT_3D = "not_3d"
+    SHEARED_AFFINE = "sheared_affine"
+    SPACING_IMPLAUSIBLE = "spacing_implausible"
+    NON_FINITE = "non_finite"
+    CONSTANT = "constant"
+    HU_IMPLAUSIBLE = "hu_implausible"
+    DUPLICATE = "duplicate"
+    WORKER_DIED = "worker_died"
+
+
+class Rejected(Exception):
+    """An input that cannot become a volume; caught where the input's outcome is recorded."""
+
+    def __init__(self, reason: Reason, detail: str) -> None:
+        super().__init__(f"{reason}: {detail}")
+        self.reason = reason
+        self.detail = detail

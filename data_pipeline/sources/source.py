@@ -1,0 +1,56 @@
+"""What is found in a folder, and what is read from it: the two types that every format's reader speaks."""
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.reasons import Reason
+
+Format = Literal["nifti", "nrrd", "mha", "dicom", "unknown"]
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input as found: a file, or the files of a DICOM series. It ends as one manifest row or one quarantine row."""
+
+    name: str
+    """Relative path of its first file; stays out of stores and messages."""
+    format: Format
+    files: tuple[str, ...]
+    """Relative to the source folder, sorted; with / on every system."""
+    num_voxels: int = 0
+    """By the header; 0 where it could not be read."""
+    problem: tuple[Reason, str] | None = None
+    """Why it can be refused without reading a voxel: reason and detail."""
+
+    @property
+    def key(self) -> str:
+        """The name that may be shown and stored: first 16 hex digits of the SHA-256 of the relative path."""
+        return hashlib.sha256(self.name.encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+    def paths(self, root: Path) -> list[Path]:
+        """Its files below the source folder."""
+        return [root / file for file in self.files]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """A source as read, before any convention is applied.
+
+    voxels: any real dtype, HU, axes (i, j, k) in the order of the affine's columns.
+    affine: float64 4x4, voxel index (i, j, k, 1) -> RAS millimetres.
+    repairs: codes of what the reader had to do.
+    patient: what names the person in the source, in clear; it must be hashed before it goes anywhere.
+    """
+
+    voxels: NDArray[np.generic]
+    affine: NDArray[np.float64]
+    repairs: tuple[str, ...] = ()
+    patient: str | None = None
+
+
+LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -1,0 +1,48 @@
+"""Who a volume is of, as a pseudonym: volumes of one person must stay on one side of a split, and nobody may be named."""
+
+import csv
+import hashlib
+from pathlib import Path
+
+from mim_scale.errors import SourceError
+
+TABLE = "subjects.csv"
+"""Optional, at the root of a source folder: columns path (a file or folder below it) and subject."""
+
+
+def pseudonym(kind: str, name: str) -> str:
+    """16 hex digits that stand for a name; kind keeps names of different origin apart."""
+    return hashlib.sha256(f"mim-scale subject\n{kind}\n{name}".encode("utf-8", "surrogateescape")).hexdigest()[:16]
+
+
+def read_subjects(root: Path) -> dict[str, str]:
+    """The pseudonym of every path that subjects.csv lists; empty where there is none.
+
+    Raises:
+        SourceError: the table is there and cannot be used.
+    """
+    table = root / TABLE
+    if not table.is_file():
+        return {}
+    try:
+        with open(table, encoding="utf-8-sig", newline="") as file:
+            rows = list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise SourceError(f"{table}: not readable as CSV ({type(error).__name__})") from None
+    subjects: dict[str, str] = {}
+    for number, row in enumerate(rows, start=2):
+        path, subject = (row.get("path") or "").strip().strip("/"), (row.get("subject") or "").strip()
+        if not path or not subject:
+            raise SourceError(f"{table}: line {number} lacks a path or a subject; the columns are path,subject")
+        if subjects.setdefault(path, pseudonym("table", subject)) != pseudonym("table", subject):
+            raise SourceError(f"{table}: line {number} gives a second subject to one path")
+    return subjects
+
+
+def listed_subject(subjects: dict[str, str], file: str) -> str | None:
+    """The pseudonym that the table gives to a file or to the nearest folder above it."""
+    while file not in {"", "."}:
+        if file in subjects:
+            return subjects[file]
+        file = file.rpartition("/")[0]
+    return None

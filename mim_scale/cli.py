@@ -1,0 +1,108 @@
+"""`mim-scale`: the verbs a user types. Every heavy import waits until its verb is called, so `--help` answers at once."""
+
+import argparse
+import importlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mim_scale import __version__
+from mim_scale.config import BuildConfig
+from mim_scale.config_file import check_config
+from mim_scale.errors import exit_with
+
+
+def main() -> None:
+    """The console entry point."""
+    exit_with(run)
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Parse a command line, run its verb, return its exit code."""
+    options = _parser().parse_args(arguments)
+    code: int = options.verb(options)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="mim-scale", description="An archive of CT in, pre-trained 3D network weights out."
+    )
+    parser.add_argument("--version", action="version", version=f"mim-scale {__version__}")
+    verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
+
+    example = verbs.add_parser("example-data", help="fetch a few real CT volumes to try things with")
+    example.add_argument(
+        "--cache", type=Path, help="folder to keep them in (default: $MIM_SCALE_CACHE or ~/.cache/mim-scale)"
+    )
+    example.set_defaults(verb=_example_data)
+
+    data = verbs.add_parser("data", help="look at, build and check stores").add_subparsers(
+        required=True, metavar="VERB"
+    )
+    _add_data_verbs(data)
+
+    export = verbs.add_parser("export", help="write a run's encoder as safetensors + config.json")
+    export.add_argument("run", type=Path, help="a run folder (its newest checkpoint is taken) or one checkpoint folder")
+    export.add_argument("folder", type=Path, help="where to write; must not exist yet, or be an export")
+    export.set_defaults(verb=_export)
+    return parser
+
+
+def _add_data_verbs(data: Any) -> None:
+    scan = data.add_parser("scan", help="list what a source folder holds, without reading voxels")
+    scan.add_argument("source", type=Path)
+    scan.set_defaults(verb=lambda o: _data("scan", o.source))
+
+    build = data.add_parser("build", help="convert a source folder into a store; run again to resume")
+    build.add_argument("source", type=Path)
+    build.add_argument("store", type=Path)
+    build.add_argument(
+        "--spacing", type=float, nargs="+", metavar="MM", help="resample: one number, or z y x (default: native)"
+    )
+    build.add_argument(
+        "--min-slices", type=int, default=16, help="thinner volumes are quarantined (default: %(default)s)"
+    )
+    build.add_argument("--executor", choices=("ray", "local"), default="ray", help="(default: %(default)s)")
+    build.add_argument("--workers", type=int, help="tasks at once (default: every core)")
+    build.set_defaults(verb=_build)
+
+    verify = data.add_parser("verify", help="check a store: records, sizes, checksums")
+    verify.add_argument("store", type=Path)
+    verify.add_argument("--deep", action="store_true", help="decode every chunk and compare content hashes")
+    verify.set_defaults(verb=lambda o: _data("verify", o.store, o.deep))
+
+    stats = data.add_parser("stats", help="counts, sizes, spacings and HU of a store")
+    stats.add_argument("store", type=Path)
+    stats.add_argument("--json", action="store_true", help="for scripts")
+    stats.set_defaults(verb=lambda o: _data("stats", o.store, o.json))
+
+
+def _data(verb: str, *values: Any) -> int:
+    # By name: mim_scale must not depend on the pipeline, which training machines may lack.
+    code: int = getattr(importlib.import_module("data_pipeline.commands"), verb)(*values)
+    return code
+
+
+def _example_data(options: argparse.Namespace) -> int:
+    return _data("example_data", options.cache)
+
+
+def _build(options: argparse.Namespace) -> int:
+    spacing = options.spacing[0] if options.spacing and len(options.spacing) == 1 else options.spacing
+    values = {
+        "source": str(options.source),
+        "store": str(options.store),
+        "spacing": spacing,
+        "min_slices": options.min_slices,
+        "executor": options.executor,
+        "workers": options.workers,
+    }
+    return _data("build", check_config(BuildConfig, values, "data build"))
+
+
+def _export(options: argparse.Namespace) -> int:
+    from mim_scale.transfer.export import export
+
+    print(export(options.run, options.folder))
+    return 0

@@ -1,0 +1,57 @@
+"""The decoder: a plain transformer over all tokens of a view, says what the hidden ones show (method: section 2.2).
+
+B views, V visible and H hidden tokens, C the encoder's width, D the decoder's.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from mim_scale.config import ModelConfig
+from mim_scale.models.blocks import TOKEN_EPS, TransformerBlock, initialise, run_block
+from mim_scale.models.positions import position_table
+from mim_scale.store.geometry import Size3
+
+
+class Decoder(nn.Module):
+    """Features of visible tokens -> features of all tokens -> voxels of any of them."""
+
+    position_table: Tensor
+
+    def __init__(self, config: ModelConfig, grid: Size3, token: Size3, recompute: bool = False) -> None:
+        """Build for `grid` tokens a view, `token` voxels a token; `recompute` trades time for memory in every block."""
+        super().__init__()
+        width = config.decoder.width
+        self.recompute = recompute
+        self.embed = nn.Linear(config.widths[-1], width)
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.decoder.heads, config.mlp_ratio) for _ in range(config.decoder.depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=TOKEN_EPS)
+        self.to_voxels = nn.Linear(width, token[0] * token[1] * token[2])
+        self.register_buffer("position_table", position_table(grid, width), persistent=False)
+        initialise(self)
+        nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Features of all tokens.
+
+        Args:
+            latent: The encoder's features of the visible tokens [B, V, C].
+            visible, hidden: Token indices [B, V] and [B, H], row-major (z, y, x).
+
+        Returns:
+            [B, V + H, D], visible tokens first, in the orders given: so the hidden ones are one slice.
+        """
+        shown = self.embed(latent)
+        tokens = torch.cat([shown, self.mask_token.to(shown.dtype).expand(*hidden.shape, -1)], dim=1)
+        tokens = tokens + self.position_table[torch.cat([visible, hidden], dim=1)]
+        for block in self.blocks:
+            tokens = run_block(block, tokens, recompute=self.recompute)
+        result: Tensor = self.norm(tokens)
+        return result
+
+    def predict(self, features: Tensor) -> Tensor:
+        """Features [B, any, D] -> each token's voxels [B, any, z*y*x], row-major."""
+        result: Tensor = self.to_voxels(features)
+        return result

@@ -1,0 +1,134 @@
+"""The hybrid encoder: convolution stages that halve the grid, then a transformer on visible tokens (method: 2.1).
+
+This is the reference path: the stages run on the whole grid, with hidden positions kept out of visible ones.
+B views, Z Y X voxels of a view, L tokens of it, V visible ones, C the transformer's width.
+"""
+
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+from mim_scale.config import ModelConfig
+from mim_scale.errors import ConfigError
+from mim_scale.models.blocks import (
+    TOKEN_EPS,
+    BlockConv,
+    MaskedConvBlock,
+    PatchEmbed,
+    TransformerBlock,
+    initialise,
+    run_block,
+)
+from mim_scale.models.patches import gather_tokens, split_blocks, visible_grid
+from mim_scale.models.positions import position_table
+from mim_scale.store.geometry import Size3
+
+
+class HybridEncoder(nn.Module):
+    """Views [B, 1, Z, Y, X] with values in [0, 1] -> token features [B, V, C].
+
+    Features of visible tokens depend on voxels of visible tokens only. `position_table` is fixed and in no checkpoint.
+    """
+
+    position_table: Tensor
+
+    def __init__(self, config: ModelConfig, view: Size3, token: Size3, recompute: bool = False) -> None:
+        """Build for views and tokens of so many voxels; `recompute` trades time for memory in every block."""
+        super().__init__()
+        self.view = view
+        self.grid: Size3 = (view[0] // token[0], view[1] // token[1], view[2] // token[2])
+        self.recompute = recompute
+        *stage_widths, width = config.widths
+        self.embeds = nn.ModuleList(
+            PatchEmbed(before, after) for before, after in zip((1, *stage_widths), config.widths, strict=True)
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(MaskedConvBlock(channels, config.mlp_ratio) for _ in range(count))
+            for channels, count in zip(stage_widths, config.blocks, strict=True)
+        )
+        self.footprints = [_footprint(token, 2 ** (stage + 1)) for stage in range(len(stage_widths))]
+        self.token_embed = nn.Linear(width, width)
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.heads, config.mlp_ratio) for _ in range(config.depth)
+        )
+        self.fusions = nn.ModuleList(
+            BlockConv(channels, width, block) for channels, block in zip(stage_widths, self.footprints, strict=True)
+        )
+        self.norm = nn.LayerNorm(width, eps=TOKEN_EPS)
+        self.register_buffer("position_table", position_table(self.grid, width), persistent=False)
+        initialise(self)
+
+    def forward(self, views: Tensor, visible: Tensor | None = None) -> Tensor:
+        """Token features of the visible tokens, in the order given.
+
+        Args:
+            views: [B, 1, Z, Y, X].
+            visible: Token indices [B, V], row-major (z, y, x); None for all L tokens in row-major order.
+
+        Raises:
+            ConfigError: the views are not of the size that the encoder was built for.
+        """
+        *stages, embedded = self.stage_rows(views, visible)
+        return self._tokens(stages, embedded, visible)
+
+    def features(self, views: Tensor) -> list[Tensor]:
+        """What a segmentation head reads, nothing hidden: each convolution stage's map, then the token features.
+
+        Returns:
+            Channels-first maps, finest first: [B, widths[i], Z / 2^(i+1), Y / 2^(i+1), X / 2^(i+1)].
+        """
+        *stages, embedded = self.stage_rows(views, None)
+        tokens = self._tokens(stages, embedded, None).view(len(views), *self.grid, -1)
+        return [rows.movedim(-1, 1) for rows in (*stages, tokens)]
+
+    def stage_rows(self, views: Tensor, visible: Tensor | None) -> list[Tensor]:
+        """Rows [B, z, y, x, widths[i]] after each convolution stage, then of the last embedding, on the token grid."""
+        if views.ndim != 5 or tuple(views.shape[1:]) != (1, *self.view):
+            raise ConfigError(
+                f"views are {list(views.shape)}, this encoder takes [any, 1, {', '.join(map(str, self.view))}]: "
+                "resize or crop to that"
+            )
+        shown = None if visible is None else visible_grid(visible, self.grid, views.dtype)
+        rows = views.movedim(1, -1)
+        result = []
+        for number, embed in enumerate(self.embeds):
+            rows = embed(rows)
+            for block in self._stage_blocks(number):
+                rows = run_block(block, rows, shown, recompute=self.recompute)
+            result.append(rows)
+        return result
+
+    def transform(self, embedded: Tensor, visible: Tensor | None) -> Tensor:
+        """The last embedding's rows [B, gz, gy, gx, C] -> transformer output [B, V, C], before fusion and norm."""
+        tokens: Tensor = self.token_embed(embedded.flatten(1, 3)) + self.position_table
+        if visible is not None:
+            tokens = gather_tokens(tokens, visible)
+        for block in self.blocks:
+            tokens = run_block(block, tokens, recompute=self.recompute)
+        return tokens
+
+    def fuse(self, stage: int, rows: Tensor, visible: Tensor | None) -> Tensor:
+        """What a stage's rows [B, z, y, x, C'] add to visible tokens [B, V, C]: a linear map of a token's footprint."""
+        blocks = split_blocks(rows, self.footprints[stage]).flatten(1, 3)
+        if visible is not None:
+            blocks = gather_tokens(blocks, visible)
+        result: Tensor = self.fusions[stage](blocks)
+        return result
+
+    def _tokens(self, stages: list[Tensor], embedded: Tensor, visible: Tensor | None) -> Tensor:
+        tokens = self.transform(embedded, visible)
+        for stage, rows in enumerate(stages):
+            tokens = tokens + self.fuse(stage, rows, visible)
+        result: Tensor = self.norm(tokens)
+        return result
+
+    def _stage_blocks(self, number: int) -> Iterable[nn.Module]:
+        if number == len(self.stages):
+            return ()
+        stage = self.stages[number]
+        assert isinstance(stage, nn.ModuleList)
+        return stage
+
+
+def _footprint(token: Size3, stride: int) -> Size3:
+    return (token[0] // stride, token[1] // stride, token[2] // stride)

@@ -1,0 +1,120 @@
+"""What is cut and what is hidden for one sample, decided before a voxel is read.
+
+A plan is a chain of levels. The first level's one view shows the whole outer box. A child view shows exactly one hidden
+cell of its parent, so what it shows is hidden from the parent in full. Views stand in the order (parent, cell).
+"""
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_scale.config import PlanConfig
+from mim_scale.sampling.rng import Purpose, below, permutation, words
+from mim_scale.store.geometry import Box, Size3, size3
+
+Indices = NDArray[np.int32]
+
+
+@dataclass(frozen=True)
+class LevelPlan:
+    """One level's views. V visible and H hidden tokens are the same numbers for every view of the level."""
+
+    starts: Indices
+    """[views, 3] voxels (z, y, x) from the outer box's corner to the view's; its size is PlanConfig.region(level)."""
+    parent: Indices
+    """[views] place of the parent view in the level before; -1 at the first level."""
+    cell: Indices
+    """[views] cell of the parent that the view shows, row-major; -1 at the first level."""
+    visible: Indices
+    """[views, V] visible tokens, row-major, ascending."""
+    hidden: Indices
+    """[views, H] hidden tokens, row-major, ascending."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One sample's boxes and masks."""
+
+    position: int
+    box: Box
+    """Outer box in the volume's voxels; centred where the volume is smaller: start is negative and air pads it."""
+    levels: tuple[LevelPlan, ...]
+
+
+def plan(seed: int, position: int, volume_shape: Size3, config: PlanConfig, held_out: bool = False) -> Plan:
+    """The plan of the sample at a position: a pure function of its arguments.
+
+    Args:
+        volume_shape: Voxels (z, y, x) of the volume that stands there.
+        held_out: Whether the sample is a held-out one; those draw from streams that training never uses.
+    """
+    box = Box(_outer_start(seed, position, volume_shape, config.box, held_out), config.box)
+    levels: list[LevelPlan] = []
+    starts = np.zeros((1, 3), np.int32)
+    parent = cell = np.full(1, -1, np.int32)
+    for level in range(len(config.levels)):
+        hidden_cells = _hidden_cells(seed, position, level, config, held_out)
+        levels.append(LevelPlan(starts, parent, cell, *_tokens(hidden_cells, config.grid, config.cells(level))))
+        if level + 1 < len(config.levels):
+            parent, cell = _children(seed, position, level, hidden_cells, config, held_out)
+            corners = _cell_corners(config.cells(level), config.region(level + 1))
+            starts = starts[parent] + corners[cell]
+    return Plan(position, box, tuple(levels))
+
+
+def _outer_start(seed: int, position: int, shape: Size3, box: Size3, held_out: bool) -> Size3:
+    drawn = words(seed, Purpose.CROP.held_out(held_out), position, 3)
+    return size3(
+        below(word, size - length + 1) if size >= length else -((length - size) // 2)
+        for word, size, length in zip(drawn.tolist(), shape, box, strict=True)
+    )
+
+
+def _hidden_cells(seed: int, position: int, level: int, config: PlanConfig, held_out: bool) -> NDArray[np.bool_]:
+    """[views, cells], True where hidden: every view hides the same number of cells."""
+    views, cells = config.num_views(level), math.prod(config.cells(level))
+    drawn = words(seed, Purpose.MASK.held_out(held_out), position, views * cells, sub=level)
+    order = permutation(drawn.reshape(views, cells))
+    hidden = np.zeros((views, cells), np.bool_)
+    np.put_along_axis(hidden, order[:, cells - config.num_hidden_cells(level) :], True, axis=1)
+    return hidden
+
+
+def _children(
+    seed: int, position: int, level: int, hidden_cells: NDArray[np.bool_], config: PlanConfig, held_out: bool
+) -> tuple[Indices, Indices]:
+    """(parent, cell), [views of the next level] each: distinct hidden cells of every view, in (parent, cell) order."""
+    views, hidden = len(hidden_cells), config.num_hidden_cells(level)
+    children = config.levels[level + 1].views
+    drawn = words(seed, Purpose.CHILDREN.held_out(held_out), position, views * hidden, sub=level)
+    chosen = np.sort(permutation(drawn.reshape(views, hidden))[:, :children], axis=1)
+    candidates = np.nonzero(hidden_cells)[1].reshape(views, hidden)
+    cell = np.take_along_axis(candidates, chosen, axis=1)
+    parent = np.repeat(np.arange(views, dtype=np.int32), children)
+    return parent, cell.ravel().astype(np.int32)
+
+
+def _tokens(hidden_cells: NDArray[np.bool_], grid: Size3, cells: Size3) -> tuple[Indices, Indices]:
+    """(visible, hidden) tokens of every view, [views, V] and [views, H]."""
+    is_hidden = hidden_cells[:, cell_of_token(grid, cells)]
+    views = len(is_hidden)
+    visible, hidden = (np.nonzero(mask)[1].astype(np.int32).reshape(views, -1) for mask in (~is_hidden, is_hidden))
+    return visible, hidden
+
+
+@lru_cache(maxsize=64)
+def cell_of_token(grid: Size3, cells: Size3) -> NDArray[np.int64]:
+    """The cell that holds each token, [tokens], both row-major: cells are true cuboids of neighbouring tokens."""
+    along = [np.arange(size) // (size // count) for size, count in zip(grid, cells, strict=True)]
+    z, y, x = np.meshgrid(*along, indexing="ij")
+    return np.asarray(((z * cells[1] + y) * cells[2] + x).ravel(), dtype=np.int64)
+
+
+@lru_cache(maxsize=64)
+def _cell_corners(cells: Size3, cell_size: Size3) -> Indices:
+    """[cells, 3] voxels from a region's corner to each of its cells'."""
+    corners = np.stack(np.unravel_index(np.arange(math.prod(cells)), cells), axis=1)
+    return np.asarray(corners * np.array(cell_size), dtype=np.int32)

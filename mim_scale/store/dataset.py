@@ -1,0 +1,203 @@
+"""A dataset: volumes, a manifest, a table of what was refused, and the commit record without which it does not exist.
+
+The record is written last and names the hash of both tables, so a reader sees the dataset before a build or after it,
+never half.
+"""
+
+import hashlib
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mim_scale.commit import sha256_file, sync_folder, write_file
+from mim_scale.errors import DamagedError, StoreError
+from mim_scale.store.array_format import FORMAT_VERSION
+from mim_scale.store.array_store import VolumeReader
+from mim_scale.store.manifest import (
+    QuarantineRow,
+    Row,
+    quarantine_bytes,
+    read_quarantine,
+    read_rows,
+    rows_bytes,
+)
+
+RECORD = "dataset.json"
+MANIFEST = "manifest.parquet"
+QUARANTINE = "quarantine.parquet"
+VOLUMES = "volumes"
+PENDING = ".next"
+"""A table whose record is being written stands beside the old one with this suffix; readers go by the record's hash."""
+
+_OPEN_VOLUMES = 256
+
+Table = TypeVar("Table")
+
+
+def volume_folder(path: Path, key: str) -> Path:
+    """Where a dataset keeps the volume of this key."""
+    return path / VOLUMES / f"{key}.zarr"
+
+
+def fingerprint(rows: Iterable[Row]) -> str:
+    """SHA-256, as hex, over format version and sorted (key, content hash): equal data, equal fingerprint."""
+    digest = hashlib.sha256(f"mim-scale dataset {FORMAT_VERSION}\n".encode())
+    for key, content in sorted((row.key, row.content_hash) for row in rows):
+        digest.update(f"{key} {content}\n".encode())
+    return digest.hexdigest()
+
+
+def commit_dataset(
+    path: Path, rows: Iterable[Row], quarantine: Iterable[QuarantineRow], build_config_values: dict[str, Any]
+) -> str:
+    """Make the volumes below `path` a dataset, or replace the one that stands there.
+
+    Args:
+        path: The dataset's folder; the volumes of all rows are in it already.
+        rows: One for each volume.
+        quarantine: One for each refused input.
+        build_config_values: What the build was asked for; kept in the record with its digest.
+
+    Returns:
+        The dataset's fingerprint.
+
+    Raises:
+        StoreError: no rows, or two of the same key.
+    """
+    rows, quarantine = tuple(rows), tuple(quarantine)
+    keys = [row.key for row in rows]
+    if not rows:
+        raise StoreError(f"{path}: nothing to commit: no volume was stored ({len(quarantine)} inputs refused)")
+    if len(set(keys)) != len(keys):
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise StoreError(f"{path}: two manifest rows have the key {twice}; store equal volumes once")
+    tables = {MANIFEST: rows_bytes(rows), QUARANTINE: quarantine_bytes(quarantine)}
+    record = {
+        "format": "mim-scale dataset",
+        "format_version": FORMAT_VERSION,
+        "fingerprint": fingerprint(rows),
+        "num_volumes": len(rows),
+        "num_subjects": len({row.subject for row in rows}),
+        "num_quarantined": len(quarantine),
+        "files": {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()},
+        "build_config": build_config_values,
+        "build_config_digest": _digest(build_config_values),
+    }
+    for name, data in tables.items():
+        write_file(path / (name + PENDING), data)
+    write_file(path / RECORD, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    # From here on the new dataset stands: until these names are in place, readers find the tables by their hash.
+    for name in tables:
+        (path / (name + PENDING)).replace(path / name)
+    sync_folder(path)
+    return str(record["fingerprint"])
+
+
+class Dataset:
+    """A committed dataset, open for reading. Pickles by its path and fingerprint."""
+
+    def __init__(self, path: Path, record: dict[str, Any], rows: tuple[Row, ...]) -> None:
+        self.path = path
+        self.record = record
+        self.rows = rows
+        """Sorted by key."""
+        self._lock = threading.Lock()
+        self._readers: OrderedDict[str, VolumeReader] = OrderedDict()
+
+    @classmethod
+    def open(cls, path: Path | str) -> "Dataset":
+        """Open a dataset, checking its record and its tables against each other.
+
+        Raises:
+            StoreError: no such folder, no commit record, a record of another format version.
+            DamagedError: the record is unreadable, or a table is not the one that it names.
+        """
+        path = Path(path)
+        record = read_record(path)
+        rows = read_table(path, record, MANIFEST, read_rows)
+        if fingerprint(rows) != record["fingerprint"]:
+            raise DamagedError(f"{path}: {RECORD} names another fingerprint than {MANIFEST} has; build the store again")
+        return cls(path, record, rows)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256, as hex, of what the dataset holds."""
+        return str(self.record["fingerprint"])
+
+    @cached_property
+    def quarantine(self) -> tuple[QuarantineRow, ...]:
+        """The inputs that the build refused, sorted by source key."""
+        return read_table(self.path, self.record, QUARANTINE, read_quarantine)
+
+    def reader(self, row: Row) -> VolumeReader:
+        """The reader of a volume; the most recent ones stay open."""
+        with self._lock:
+            reader = self._readers.pop(row.key, None)
+            if reader is None:
+                reader = VolumeReader(volume_folder(self.path, row.key), row.key, row.shape)
+            self._readers[row.key] = reader
+            if len(self._readers) > _OPEN_VOLUMES:
+                self._readers.popitem(last=False)
+            return reader
+
+    def __reduce__(self) -> tuple[Callable[[str, str], "Dataset"], tuple[str, str]]:
+        return _open_same, (str(self.path.resolve()), self.fingerprint)
+
+
+def _open_same(path: str, expected: str) -> Dataset:
+    dataset = Dataset.open(path)
+    if dataset.fingerprint != expected:
+        raise StoreError(f"{path}: holds the dataset {dataset.fingerprint[:16]} here, the sender has {expected[:16]}")
+    return dataset
+
+
+def read_record(path: Path) -> dict[str, Any]:
+    """A dataset's commit record.
+
+    Raises:
+        StoreError: no such folder, no record, another format version.
+        DamagedError: the record is unreadable.
+    """
+    if not path.is_dir():
+        raise StoreError(f"{path}: no such store; make one with `mim-scale data build SOURCE {path}`")
+    try:
+        record = json.loads((path / RECORD).read_bytes())
+    except FileNotFoundError:
+        raise StoreError(
+            f"{path}: has no commit record ({RECORD}): no store, or its build was interrupted; run `data build` again"
+        ) from None
+    except (ValueError, OSError):
+        raise DamagedError(f"{path}: {RECORD} is unreadable; build the store again") from None
+    if not isinstance(record, dict) or record.get("format") != "mim-scale dataset":
+        raise DamagedError(f"{path}: {RECORD} is no record of a dataset; build the store again")
+    version = record.get("format_version")
+    if version != FORMAT_VERSION:
+        raise StoreError(
+            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build the store again with it"
+        )
+    missing = [key for key in ("fingerprint", "files", "build_config", "build_config_digest") if key not in record]
+    if missing:
+        raise DamagedError(f"{path}: {RECORD} lacks {missing[0]}; build the store again")
+    return record
+
+
+def read_table(path: Path, record: dict[str, Any], name: str, read: Callable[[Path], Table]) -> Table:
+    """The table that the record names.
+
+    Raises:
+        DamagedError: neither the file nor the one that stands beside it during a commit has the record's hash.
+    """
+    expected = record["files"].get(name)
+    for file in (path / name, path / (name + PENDING)):
+        if file.is_file() and sha256_file(file) == expected:
+            return read(file)
+    state = "does not have the hash that the record names" if (path / name).is_file() else "is missing"
+    raise DamagedError(f"{path}: {name} {state}; build the store again")
+
+
+def _digest(values: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,78 @@
+"""A CT volume as the store holds it: int16 Hounsfield units, one orientation, real spacing, and the patient's frame.
+
+Axis 0 (z) runs towards Superior, axis 1 (y) towards Anterior, axis 2 (x) towards Right. A tilted acquisition keeps its
+tilt in the affine; it is never resampled away.
+"""
+
+import hashlib
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from mim_scale.errors import StoreError
+from mim_scale.store.geometry import Size3, Spacing3, size3
+
+AIR_HU = -1024
+"""What padding, inside scanners' files or around small volumes, becomes."""
+
+FORBIDDEN_HU = -32768
+"""The arrays' fill value: no stored voxel may have it, so that a voxel never written cannot pass for one."""
+
+_AFFINE_DECIMALS = 5
+
+
+@dataclass(frozen=True)
+class Volume:
+    """One CT volume."""
+
+    voxels: NDArray[np.int16]
+    """HU, (z, y, x)."""
+    spacing_mm: Spacing3
+    """(z, y, x)."""
+    affine: NDArray[np.float64]
+    """4x4: voxel index (x, y, z, 1) -> RAS millimetres."""
+
+    @property
+    def shape(self) -> Size3:
+        """Voxels along (z, y, x)."""
+        return size3(self.voxels.shape)
+
+
+def check_volume(volume: Volume) -> None:
+    """Refuse what the store cannot hold.
+
+    Raises:
+        StoreError: not a 3D int16 array, no voxels, a spacing that is not positive or that the
+            affine contradicts, a voxel of the forbidden value.
+    """
+    voxels = volume.voxels
+    if voxels.dtype != np.int16 or voxels.ndim != 3 or 0 in voxels.shape:
+        raise StoreError(f"a volume is a 3D int16 array with voxels, got {voxels.dtype} of shape {voxels.shape}")
+    if not all(np.isfinite(spacing) and spacing > 0 for spacing in volume.spacing_mm):
+        raise StoreError(f"a volume's spacing is positive millimetres, got {volume.spacing_mm}")
+    if volume.affine.shape != (4, 4) or not np.isfinite(volume.affine).all():
+        raise StoreError("a volume's affine is a finite 4x4 matrix")
+    steps = np.linalg.norm(volume.affine[:3, :3], axis=0)[::-1]
+    if not np.allclose(steps, volume.spacing_mm, rtol=1e-3):
+        raise StoreError(
+            f"a volume's affine steps by {steps.tolist()} mm (z, y, x), its spacing is {volume.spacing_mm}"
+        )
+    if voxels.min() == FORBIDDEN_HU:
+        raise StoreError(f"a volume holds {FORBIDDEN_HU}, which marks voxels never written: map it to {AIR_HU}")
+
+
+def content_hash(volume: Volume) -> str:
+    """SHA-256, as hex, over shape, spacing, affine (rounded to 1e-5) and voxels; the same on any machine."""
+    digest = hashlib.sha256(b"mim-scale volume 1\n")
+    digest.update(np.asarray(volume.shape, "<i8").tobytes())
+    numbers = np.concatenate([np.asarray(volume.spacing_mm), volume.affine.ravel()])
+    # Adding 0 turns -0.0 into 0.0, which is equal but has other bytes.
+    digest.update((np.round(numbers, _AFFINE_DECIMALS) + 0.0).astype("<f8").tobytes())
+    digest.update(np.ascontiguousarray(volume.voxels, "<i2").data)
+    return digest.hexdigest()
+
+
+def volume_key(content: str) -> str:
+    """A volume's name in its store: the first 16 hex digits of its content hash."""
+    return content[:16]

@@ -1,0 +1,93 @@
+"""What moves weights: forward, backward, reduction over ranks, update; plain torch or DeepSpeed behind one protocol.
+
+State leaves an engine as full fp32 tensors by parameter name, so it fits any number of ranks and any engine.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from mim_scale.config import PretrainConfig
+from mim_scale.streaming.device import TensorBatch
+from mim_scale.training.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's running averages of the gradient and of its square."""
+
+
+class Engine(Protocol):
+    """One model, one optimizer, all ranks."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself, with live weights, to evaluate with."""
+
+    def set_rates(self, learning_rate: float) -> None:
+        """Set the learning rate of the next update."""
+
+    def forward_backward(self, batch: TensorBatch, last: bool) -> dict[str, Tensor]:
+        """Add one micro-batch's gradient; with `last`, reduce the sum over ranks, once a step.
+
+        Returns:
+            Detached scalars of this micro-batch on this rank: "loss" and the loss's parts.
+        """
+
+    def update(self) -> float:
+        """Clip, make the update, forget the gradient; returns the gradient's global norm before clipping."""
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights by name, and moments by `name/exp_avg` and `name/exp_avg_sq`: fp32, on the CPU, whole, on rank 0.
+
+        All ranks must call it; ranks other than 0 get empty dictionaries.
+        """
+
+    def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
+        """Take weights and moments as `state` gives them, and the number of updates made so far; all ranks pass the whole."""
+
+    def close(self) -> None:
+        """Release what the engine holds."""
+
+
+def build_engine(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> Engine:
+    """The engine that the config names, around a module that is the same on every rank."""
+    module.to(ranks.device)
+    match config.train.engine:
+        case "plain":
+            from mim_scale.training.engine_plain import PlainEngine
+
+            return PlainEngine(module, config, ranks)
+        case "deepspeed":
+            from mim_scale.training.engine_deepspeed import DeepSpeedEngine
+
+            return DeepSpeedEngine(module, config, ranks)
+
+
+def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """AdamW's groups: no decay for one-dimensional parameters and biases, decay for the rest (method: section 1.6)."""
+    decayed, free = [], []
+    for name, parameter in trained_parameters(module).items():
+        (free if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def accumulation(config: PretrainConfig, ranks: Ranks) -> int:
+    """Micro-batches that each rank adds up for one update."""
+    return config.train.batch // (config.train.micro_batch * ranks.world)
+
+
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that the optimizer moves, by name."""
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+
+
+def frozen_state(module: nn.Module) -> dict[str, Tensor]:
+    """What a module keeps besides trained parameters (position tables, say): fp32, on the CPU."""
+    trained = trained_parameters(module)
+    return {name: to_host(value) for name, value in module.state_dict().items() if name not in trained}
+
+
+def to_host(tensor: Tensor) -> Tensor:
+    """An fp32 copy on the CPU that no later step changes."""
+    return tensor.detach().to("cpu", torch.float32, copy=True)

@@ -1,0 +1,223 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3 around the same AdamW; the one home of deepspeed.
+
+Its configuration is derived from ours, so there is no JSON file to disagree with. Nothing is compiled: the optimizer is torch's own,
+and the shared-memory collective that DeepSpeed would build with a C++ compiler on CPU machines is switched off (training does not
+use it). State is exchanged by parameter name, never as DeepSpeed's own partition files.
+"""
+
+import contextlib
+import logging
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mim_scale.config import PretrainConfig
+from mim_scale.streaming.device import TensorBatch
+from mim_scale.training.engine import (
+    MOMENTS,
+    accumulation,
+    frozen_state,
+    parameter_groups,
+    to_host,
+    trained_parameters,
+)
+from mim_scale.training.engine_plain import load_plain_state, plain_state
+from mim_scale.training.ranks import Ranks
+
+# Chosen here because DeepSpeed would otherwise probe the machine for every accelerator it knows, and say so on each rank.
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+
+import deepspeed  # noqa: E402
+import deepspeed.ops  # noqa: E402
+from deepspeed.utils import (  # noqa: E402
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_get_local_fp32_param,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+
+
+def switch_off_compiled_collective() -> None:
+    """Keep DeepSpeed from compiling its shared-memory collective, which only inference uses, when ranks meet on a CPU.
+
+    The table is private to DeepSpeed: a test runs two ranks without a compiler on PATH to see that this still works.
+    """
+    # Set whole, not looked up first: the look-up runs a compiler for each operation that DeepSpeed knows.
+    vars(deepspeed.ops).setdefault("__compatible_ops__", {})["deepspeed_shm_comm"] = False
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's engine behind our protocol."""
+
+    def __init__(self, module: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
+        self._module = module.train()
+        self._ranks = ranks
+        self._stage = config.train.zero_stage
+        self._accumulation = accumulation(config, ranks)
+        self._coalescing = contextlib.ExitStack()
+        self._is_coalescing = False
+        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        switch_off_compiled_collective()
+        deepspeed.init_distributed(verbose=False)
+        optimizer = torch.optim.AdamW(
+            parameter_groups(module, config.optimizer.weight_decay),
+            lr=0.0,
+            betas=config.optimizer.betas,
+            fused=ranks.device.type == "cuda",
+        )
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=_TupleOutput(module),
+            optimizer=optimizer,
+            config=deepspeed_config(config, ranks),
+            dist_init_required=False,
+        )
+        if self._stage > 0:
+            self._make_moments()
+
+    @property
+    def module(self) -> nn.Module:
+        """The module itself, with live weights."""
+        return self._module
+
+    def set_rates(self, learning_rate: float) -> None:
+        """Set the learning rate of the next update."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+
+    def forward_backward(self, batch: TensorBatch, last: bool) -> dict[str, Tensor]:
+        """Add one micro-batch's gradient; with `last`, reduce the sum over ranks."""
+        if self._stage == 2 and not last and not self._is_coalescing:
+            # Stage 2 would reduce every micro-batch; stages 0 and 1 wait for the boundary by themselves.
+            self._coalescing.enter_context(self._engine.coalesce_grad_reduction())
+            self._is_coalescing = True
+        self._engine.set_gradient_accumulation_boundary(last)
+        total, parts = self._engine(batch)
+        self._engine.backward(total / self._accumulation, scale_wrt_gas=False)
+        if last:
+            self._coalescing.close()
+            self._is_coalescing = False
+        return {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}}
+
+    def update(self) -> float:
+        """Clip, make the update, forget the gradient."""
+        norm = self._norm_of_whole_gradient() if self._stage == 0 else None
+        self._engine.set_gradient_accumulation_boundary(True)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Weights and moments by name, on rank 0; every rank gives its share."""
+        if self._stage == 0:
+            return plain_state(self._module, self._engine.optimizer) if self._ranks.rank == 0 else ({}, {})
+        weights, moments = frozen_state(self._module), {}
+        for name, parameter in trained_parameters(self._module).items():
+            whole = {name: safe_get_full_fp32_param(parameter)}
+            for moment in MOMENTS:
+                whole[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment)
+            if self._ranks.rank == 0:
+                weights[name] = to_host(whole.pop(name))
+                moments.update({key: to_host(value) for key, value in whole.items()})
+        return (weights, moments) if self._ranks.rank == 0 else ({}, {})
+
+    def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
+        """Take weights, moments and the number of updates made so far."""
+        if self._stage == 0:
+            load_plain_state(self._module, self._engine.optimizer, weights, moments, updates)
+            return
+        for name, parameter in trained_parameters(self._module).items():
+            self._set_shares(parameter, weights[name], {m: moments[f"{name}/{m}"] for m in MOMENTS})
+            # The calls above set the optimizer's own copy only: the weight that computes is another one.
+            self._set_live(parameter, weights[name])
+        frozen = {name: weights[name] for name in frozen_state(self._module)}
+        self._module.load_state_dict(frozen, strict=False)
+        for state in self._engine.optimizer.optimizer.state.values():
+            state["step"] = torch.full_like(torch.as_tensor(state["step"]), float(updates))
+
+    def close(self) -> None:
+        """Release hooks and buffers; another engine may be built after it."""
+        self._coalescing.close()
+        self._engine.destroy()
+
+    def _make_moments(self) -> None:
+        """Bring AdamW's moments into being as zeros, so that state can be read and set before the first update.
+
+        DeepSpeed would make them in the first update, and with two parameter groups it then connects parameters to moments that the
+        second group does not have yet: reading them back fails. Zeros and a count of 0 are what AdamW starts from anyway.
+        """
+        zero = self._engine.optimizer
+        flats = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
+        for flat in flats:
+            count = torch.tensor(0.0, device=flat.device)
+            zero.optimizer.state[flat] = {"step": count, **{moment: torch.zeros_like(flat) for moment in MOMENTS}}
+        if self._stage < 3:
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _set_shares(self, parameter: nn.Parameter, weight: Tensor, moments: dict[str, Tensor]) -> None:
+        device = self._ranks.device
+        if self._stage < 3:
+            safe_set_full_fp32_param(parameter, weight.to(device))
+            for moment, value in moments.items():
+                safe_set_full_optimizer_state(parameter, value.to(device), moment)
+            return
+        # At stage 3 the whole-tensor calls fail where a size does not divide by the world: cut and pad here.
+        share = safe_get_local_fp32_param(parameter).numel()
+        safe_set_local_fp32_param(parameter, self._cut(weight, share))
+        for moment, value in moments.items():
+            safe_set_local_optimizer_state(parameter, self._cut(value, share), moment)
+
+    def _cut(self, whole: Tensor, share: int) -> Tensor:
+        padded = torch.zeros(share * self._ranks.world)
+        padded[: whole.numel()] = whole.flatten()
+        return padded[self._ranks.rank * share : (self._ranks.rank + 1) * share].to(self._ranks.device)
+
+    def _set_live(self, parameter: nn.Parameter, weight: Tensor) -> None:
+        gathered = (
+            deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
+            if self._stage == 3
+            else contextlib.nullcontext()
+        )
+        with gathered, torch.no_grad():
+            if self._stage < 3 or self._ranks.rank == 0:
+                parameter.data.copy_(weight)
+
+    def _norm_of_whole_gradient(self) -> Tensor:
+        """Stage 0 clips but does not tell the norm."""
+        gradients = [p.grad for p in trained_parameters(self._module).values() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+
+class _TupleOutput(nn.Module):
+    """The method with its losses as plain tensors: DeepSpeed looks for tensors in tuples and dictionaries only."""
+
+    def __init__(self, method: nn.Module) -> None:
+        super().__init__()
+        self.method = method
+
+    def forward(self, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        losses = self.method(batch)
+        return losses.total, losses.parts
+
+
+def deepspeed_config(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """DeepSpeed's dictionary for a run: batch, precision, clipping and stage; no scheduler and no optimizer, which are ours."""
+    derived: dict[str, Any] = {
+        "train_batch_size": config.train.batch,
+        "train_micro_batch_size_per_gpu": config.train.micro_batch,
+        "gradient_accumulation_steps": accumulation(config, ranks),
+        "gradient_clipping": config.optimizer.clip_norm or 0.0,
+        "zero_optimization": {"stage": config.train.zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "steps_per_print": None,
+    }
+    if config.train.zero_stage == 3:
+        # Keeping small parameters whole would make toy models, and tests, avoid what stage 3 is for.
+        derived["zero_optimization"]["stage3_param_persistence_threshold"] = 0
+    if config.train.precision == "bf16":
+        # fp32 weights under autocast; the empty list keeps the reduction of gradients in fp32.
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return derived

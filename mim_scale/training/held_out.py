@@ -1,0 +1,85 @@
+"""The loss on fixed samples of held-out subjects, beside that of the trivial predictor on the same samples.
+
+Ranks take whole micro-batches in turn and the sum runs over micro-batches in their order, so the number does not depend on how
+many ranks there are, beyond what their weights differ.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from mim_scale.config import PretrainConfig
+from mim_scale.store.dataset import Dataset
+from mim_scale.store.manifest import Row
+from mim_scale.streaming.device import TensorBatch, to_device
+from mim_scale.streaming.stream import open_stream
+from mim_scale.training.ranks import Ranks
+
+
+class _Method(Protocol):
+    def trivial(self, batch: TensorBatch) -> dict[str, Tensor]: ...
+
+
+class HeldOut:
+    """Measures a module on the first `held_out.samples` positions of the held-out sequence.
+
+    Args:
+        config: The run's.
+        dataset: Where voxels come from.
+        rows: Held-out volumes; with none, there is nothing to measure.
+        ranks: Who shares the work.
+    """
+
+    def __init__(self, config: PretrainConfig, dataset: Dataset, rows: Sequence[Row], ranks: Ranks) -> None:
+        # In-process threads whatever the training's transport: both give the same bits, and actors are dear for a few samples.
+        self._config = config.model_copy(update={"data": config.data.model_copy(update={"transport": "threads"})})
+        self._dataset, self._rows, self._ranks = dataset, rows, ranks
+        size, count = config.train.micro_batch, config.held_out.samples
+        self._chunks = [range(start, min(start + size, count)) for start in range(0, count, size)]
+        self._trivial: dict[str, float] | None = None
+
+    def is_due(self, step: int) -> bool:
+        """Whether to measure after `step` updates: before the first, at the interval, and after the last."""
+        return bool(self._rows) and (step % self._config.held_out.every == 0 or step == self._config.train.steps)
+
+    def measure(self, module: nn.Module) -> dict[str, float]:
+        """The loss, its parts, and the trivial predictor's as `trivial_1` ..., each a mean over the samples; all ranks call it."""
+        if self._trivial is None:
+            trivial = cast(_Method, module).trivial
+            self._trivial = self._mean(lambda batch: _renamed(trivial(batch)))
+        module.eval()
+        try:
+            losses = self._mean(lambda batch: _losses(module, batch))
+        finally:
+            module.train()
+        return {**losses, **self._trivial}
+
+    def _mean(self, compute: Callable[[TensorBatch], dict[str, Tensor]]) -> dict[str, float]:
+        ranks = self._ranks
+        own = self._chunks[ranks.rank :: ranks.world]
+        sums: list[dict[str, float]] = []
+
+        def work() -> None:
+            with open_stream(self._config, self._dataset, self._rows, held_out=True) as stream, torch.no_grad():
+                for chunk, batch in zip(own, stream.batches(own), strict=True):
+                    values = compute(to_device(batch, ranks.device))
+                    sums.append({name: float(value) * len(chunk) for name, value in values.items()})
+
+        ranks.together(work)
+        gathered = ranks.gather_objects(sums)
+        ordered = [gathered[index % ranks.world][index // ranks.world] for index in range(len(self._chunks))]
+        return {
+            name: math.fsum(chunk[name] for chunk in ordered) / self._config.held_out.samples for name in ordered[0]
+        }
+
+
+def _losses(module: nn.Module, batch: TensorBatch) -> dict[str, Tensor]:
+    losses = module(batch)
+    return {"loss": losses.total, **losses.parts}
+
+
+def _renamed(values: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.replace("level", "trivial"): value for name, value in values.items()}

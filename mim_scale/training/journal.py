@@ -1,0 +1,107 @@
+"""The journal of a run: one JSON line a step, in `journal.jsonl`; the truth that every other view of the run is fed from.
+
+Rows have a `kind`:
+  start     a process took up the run: step, world, fingerprint, config_digest, time
+  step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm, samples_per_second, data_wait
+  held_out  step (updates made so far) and held_out: the loss, its parts, and the trivial predictor's as `trivial_1`, `trivial_2`
+A step has one row however often it was computed: a run that goes on from an older checkpoint repeats steps, bit for bit, and does
+not write them again.
+"""
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mim_scale.errors import CheckpointError
+
+ONCE = ("step", "held_out")
+"""Kinds of which each step has one row."""
+
+
+class Journal:
+    """The journal, open for appending by the one process that owns the run folder."""
+
+    def __init__(self, path: Path) -> None:
+        """Open or make the journal; a last line that a killed process left unfinished is cut off.
+
+        Raises:
+            CheckpointError: a line before the last one is not JSON.
+        """
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._last = dict.fromkeys(ONCE, -1)
+        self.first_start: dict[str, Any] | None = None
+        whole = 0
+        for row, end in _rows_with_ends(path):
+            whole = end
+            if row["kind"] in self._last:
+                self._last[row["kind"]] = max(self._last[row["kind"]], int(row["step"]))
+            elif row["kind"] == "start" and self.first_start is None:
+                self.first_start = row
+        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by close()
+        self._file.truncate(whole)
+
+    @property
+    def last_step(self) -> int:
+        """The last step that has a row; -1 for none."""
+        return self._last["step"]
+
+    def write(self, kind: str, step: int, **values: Any) -> bool:
+        """Append a row, unless the step has one of this kind already; returns whether it was written.
+
+        One write call a row, so that a kill leaves it whole or leaves a last line that the next start cuts off.
+        """
+        if kind in self._last:
+            if step <= self._last[kind]:
+                return False
+            self._last[kind] = step
+        row = {"kind": kind, "step": step, **values}
+        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        return True
+
+    def sync(self) -> None:
+        """Make the rows durable: before a checkpoint, so that none is newer than the journal."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def read_journal(path: Path) -> list[dict[str, Any]]:
+    """The rows of a journal, in order; an unfinished last line is left out, a missing file has none.
+
+    Raises:
+        CheckpointError: a line before the last one is not JSON.
+    """
+    return [row for row, _ in _rows_with_ends(path)]
+
+
+def _rows_with_ends(path: Path) -> Iterator[tuple[dict[str, Any], int]]:
+    """Each row with the number of bytes up to its end."""
+    end = 0
+    if not path.is_file():
+        return
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            row = _parse(line)
+            if row is None:
+                if file.read(1):
+                    raise CheckpointError(
+                        f"{path}: line {number} is not a row of the journal; repair it or move the file away"
+                    )
+                return
+            end += len(line)
+            yield row, end
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    if not line.endswith(b"\n"):
+        return None
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return None
+    return row if isinstance(row, dict) and "kind" in row and isinstance(row.get("step"), int) else None

@@ -1,0 +1,101 @@
+"""Where this process stands among the ranks, read from whatever started it; no torch, so that it answers at once.
+
+The deepspeed launcher and torchrun set RANK, WORLD_SIZE and LOCAL_RANK. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID,
+from which the rest is derived. A process that nobody started in company is rank 0 of 1.
+"""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from mim_scale.errors import ClusterError
+
+FIRST_PORT = 20000
+NUM_PORTS = 20000
+
+
+@dataclass(frozen=True)
+class Placement:
+    """The number of this process among all (`rank` of `world`) and on its machine, and where the ranks meet."""
+
+    rank: int
+    world: int
+    local_rank: int
+    address: str
+    port: int
+
+
+def read_placement(environment: Mapping[str, str]) -> Placement:
+    """The placement that the environment's variables describe.
+
+    Raises:
+        ClusterError: a variable is missing beside others that were set, or is no number.
+    """
+    if "RANK" in environment and "WORLD_SIZE" in environment:
+        return _checked(
+            Placement(
+                _number(environment, "RANK"),
+                _number(environment, "WORLD_SIZE"),
+                _number(environment, "LOCAL_RANK"),
+                environment.get("MASTER_ADDR", "127.0.0.1"),
+                _number(environment, "MASTER_PORT"),
+            )
+        )
+    # srun sets SLURM_STEP_NUM_TASKS for its own step; SLURM_NTASKS alone is what older versions give.
+    tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
+    if "SLURM_PROCID" in environment and tasks in environment:
+        return _checked(
+            Placement(
+                _number(environment, "SLURM_PROCID"),
+                _number(environment, tasks),
+                _number(environment, "SLURM_LOCALID"),
+                environment.get("MASTER_ADDR") or _first_host(environment),
+                _slurm_port(environment),
+            )
+        )
+    return Placement(0, 1, 0, "127.0.0.1", 0)
+
+
+def export_placement(placement: Placement) -> None:
+    """Set the five variables that libraries read, so that all of them see the same placement."""
+    os.environ.update(
+        RANK=str(placement.rank),
+        WORLD_SIZE=str(placement.world),
+        LOCAL_RANK=str(placement.local_rank),
+        MASTER_ADDR=placement.address,
+        MASTER_PORT=str(placement.port),
+    )
+
+
+def _checked(placement: Placement) -> Placement:
+    if not 0 <= placement.rank < placement.world:
+        raise ClusterError(
+            f"this process is rank {placement.rank} of {placement.world}, which cannot be: look at the launcher's settings"
+        )
+    return placement
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = environment.get(name)
+    if text is None or not text.isdigit():
+        found = "not set" if text is None else f"{text!r}, not a number"
+        raise ClusterError(f"{name} is {found}: start the ranks with deepspeed, torchrun or srun")
+    return int(text)
+
+
+def _slurm_port(environment: Mapping[str, str]) -> int:
+    """A port that two jobs on one machine do not share: it follows from the job's number."""
+    if "MASTER_PORT" in environment:
+        return _number(environment, "MASTER_PORT")
+    job = _number(environment, "SLURM_JOB_ID") if "SLURM_JOB_ID" in environment else 0
+    return FIRST_PORT + job % NUM_PORTS
+
+
+def _first_host(environment: Mapping[str, str]) -> str:
+    """The first name of a Slurm host list such as `gpu[03-05,9],login1`."""
+    nodes = environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST") or "127.0.0.1"
+    match = re.match(r"([^,\[]+)(?:\[([^,\]\-]+))?", nodes)
+    if match is None:
+        raise ClusterError(f"SLURM_STEP_NODELIST {nodes!r} names no host: set MASTER_ADDR to the first node's name")
+    return match.group(1) + (match.group(2) or "")

@@ -1,0 +1,33 @@
+"""A request to stop, made by a signal and heard by the training loop at the next step.
+
+SIGTERM and SIGUSR1 come from schedulers and launchers, SIGINT from a keyboard. The first one is only remembered; a second SIGINT
+ends the process at once. Installed before anything slow, so that a launcher that ends a group of ranks does not cut off a message.
+"""
+
+import signal
+from types import FrameType
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+class StopRequest:
+    """Remembers the first signal that asked to stop."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    def install(self) -> "StopRequest":
+        """Take the signals from now on; only the main thread of a process may."""
+        for number in SIGNALS:
+            signal.signal(number, self._remember)
+        return self
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a signal has come."""
+        return self.signal is not None
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = signal.Signals(number)

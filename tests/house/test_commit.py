@@ -1,0 +1,77 @@
+"""Publishing: whatever instant a writer dies at, a reader sees the old thing or the new one, whole."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mim_scale import commit
+
+
+class Died(Exception):
+    """Stands for SIGKILL at this very call."""
+
+
+def die_at(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Let the first `count` system calls through, then die at the next."""
+    calls = 0
+
+    def wrap(real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*values: Any, **named: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > count:
+                raise Died
+            return real(*values, **named)
+
+        return call
+
+    for name in ("replace", "fsync", "open"):
+        monkeypatch.setattr(os, name, wrap(getattr(os, name)))
+
+
+@pytest.mark.parametrize("count", range(6))
+def test_a_file_is_old_or_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    path = tmp_path / "record.json"
+    commit.write_file(path, b"old")
+    with monkeypatch.context() as patch:
+        die_at(patch, count)
+        try:
+            commit.write_file(path, b"new")
+            finished = True
+        except Died:
+            finished = False
+    assert path.read_bytes() == b"new" if finished else path.read_bytes() in (b"old", b"new")
+    commit.write_file(path, b"newer")
+    assert path.read_bytes() == b"newer"
+
+
+@pytest.mark.parametrize("count", range(14))
+def test_a_new_folder_is_absent_or_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    final = tmp_path / "checkpoint"
+    temporary = commit.temporary_beside(final)
+    temporary.mkdir()
+    (temporary / "weights").write_bytes(b"weights")
+    (temporary / "run.json").write_bytes(b"{}")
+    with monkeypatch.context() as patch:
+        die_at(patch, count)
+        try:
+            commit.publish_folder(temporary, final)
+        except Died:
+            pass
+    if final.exists():
+        assert sorted(p.name for p in final.iterdir()) == ["run.json", "weights"]
+        assert (final / "weights").read_bytes() == b"weights"
+
+
+def test_a_published_folder_replaces_the_old_one(tmp_path: Path) -> None:
+    final = tmp_path / "export"
+    for text in (b"one", b"two"):
+        temporary = commit.temporary_beside(final)
+        temporary.mkdir()
+        (temporary / "model").write_bytes(text)
+        commit.publish_folder(temporary, final)
+        assert (final / "model").read_bytes() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["export"]

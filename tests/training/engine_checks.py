@@ -1,0 +1,105 @@
+"""The engine contract, run by every rank of one job; rank 0 prints the differences as one line of JSON.
+
+`python -m tests.training.engine_checks` or the same under `torch.distributed.run --nproc_per_node N -m`.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from mim_scale.config import PretrainConfig
+from mim_scale.training.engine import Engine, build_engine
+from mim_scale.training.placement import read_placement
+from mim_scale.training.ranks import Ranks, joined
+from tests.training.standin import StandIn, small_config, standin_batch
+
+STEPS = 6
+BATCH = 8
+
+
+def config_of(engine: str, **train: object) -> PretrainConfig:
+    """A config whose engine is the one under test, with two micro-batches a step at world 2 and four at world 1."""
+    return small_config(engine=engine, batch=BATCH, micro_batch=2, **train)
+
+
+@contextmanager
+def built(config: PretrainConfig, ranks: Ranks) -> Iterator[Engine]:
+    """An engine around the same initial weights."""
+    torch.manual_seed(5)
+    engine = build_engine(StandIn(), config, ranks)
+    try:
+        yield engine
+    finally:
+        engine.close()
+
+
+def advance(engine: Engine, ranks: Ranks, steps: range) -> list[list[float]]:
+    """Loss (mean over ranks) and gradient norm of each step."""
+    told = []
+    for step in steps:
+        engine.set_rates(1e-2 / (step + 1))
+        share = BATCH // ranks.world
+        first = step * BATCH + ranks.rank * share
+        micro = [range(start, start + 2) for start in range(first, first + share, 2)]
+        losses = [engine.forward_backward(standin_batch(m), m is micro[-1])["loss"].item() for m in micro]
+        norm = engine.update()
+        told.append([float(ranks.gather(losses).mean()), norm])
+    return told
+
+
+def relative(a: list[list[float]], b: list[list[float]]) -> float:
+    """The largest relative difference between two traces."""
+    return max(abs(x - y) / abs(y) for row, other in zip(a, b, strict=True) for x, y in zip(row, other, strict=True))
+
+
+def largest(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference between two states with the same names."""
+    if state.keys() != other.keys():
+        return float("inf")
+    return max((float((value - other[name]).abs().max()) for name, value in state.items()), default=0.0)
+
+
+def check(engine: str, ranks: Ranks, reference: list[list[float]] | None, **train: object) -> dict[str, object]:
+    """One engine: its trace against the reference, its state's round trip, and the steps that follow it."""
+    config = config_of(engine, **train)
+    with built(config, ranks) as run:
+        run.state()  # before the first update there are no moments yet, and that is no error
+        trace = advance(run, ranks, range(3))
+        weights, moments = ranks.broadcast(run.state())
+        trace += advance(run, ranks, range(3, STEPS))
+        end = run.state()
+    with built(config, ranks) as again:
+        again.load_state(weights, moments, updates=3)
+        loaded = again.state()
+        resumed = advance(again, ranks, range(3, STEPS))
+        end_again = again.state()
+    first = ranks.rank == 0
+    return {
+        "trace": trace,
+        "from_reference": 0.0 if reference is None else relative(trace, reference),
+        "round_trip": max(largest(loaded[0], weights), largest(loaded[1], moments)) if first else 0.0,
+        "resumed_trace": relative(resumed, trace[3:]),
+        "resumed_state": max(largest(end_again[0], end[0]), largest(end_again[1], end[1])),
+        "decays": sorted(name for name in weights),
+    }
+
+
+def main(stages: list[int]) -> None:
+    """Check plain and the given ZeRO stages."""
+    with joined(read_placement(os.environ)) as ranks:
+        told = {"plain": check("plain", ranks, None)}
+        reference = told["plain"]["trace"]
+        for stage in stages:
+            told[f"zero_{stage}"] = check("deepspeed", ranks, reference, zero_stage=stage)
+        told["zero_1_bf16"] = check("deepspeed", ranks, reference, zero_stage=1, precision="bf16")
+        told["plain_bf16"] = check("plain", ranks, reference, precision="bf16")
+        if ranks.rank == 0:
+            print("RESULT " + json.dumps(told), flush=True)
+
+
+if __name__ == "__main__":
+    main([int(stage) for stage in sys.argv[1:]] or [0, 1, 2, 3])
