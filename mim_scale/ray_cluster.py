@@ -1,7 +1,7 @@
 """One Ray cluster for the life of a `with`: the user's own where RAY_ADDRESS names it, else one of ours on loopback.
 
 A cluster that we start is authenticated by a random token in a private file, and only a cluster that we started is ended. Every
-other module takes `ray` from here: Ray reads its authentication mode once, when it is imported, so the mode must be set before.
+other module takes `ray` from here: Ray reads these settings once, when it is imported, so they must be set before.
 """
 
 import atexit
@@ -16,10 +16,14 @@ from pathlib import Path
 from mim_scale.errors import ClusterError
 
 
-def _set_authentication() -> None:
-    """Give this process and its children a token of their own, unless the user's cluster or settings are to be used."""
+def _set_environment() -> None:
+    """Keep our own cluster to this machine and behind a token, unless the user's cluster or settings are to be used."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    if "RAY_ADDRESS" in os.environ or "RAY_AUTH_MODE" in os.environ:
+    if "RAY_ADDRESS" in os.environ:
+        return
+    # Despite its name it rules on Linux too: without it Ray binds to every interface, whatever _node_ip_address says.
+    os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if "RAY_AUTH_MODE" in os.environ:
         return
     descriptor, token = tempfile.mkstemp(prefix="mim-ray-token-")  # mkstemp gives mode 600
     with os.fdopen(descriptor, "w") as file:
@@ -29,7 +33,7 @@ def _set_authentication() -> None:
     os.environ.update(RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=token)
 
 
-_set_authentication()
+_set_environment()
 
 import ray as ray  # noqa: E402, PLC0414
 
@@ -74,6 +78,7 @@ def _join(address: str) -> None:
 def _start(folder: Path, num_cpus: int | None) -> None:
     try:
         ray.init(
+            address="local",
             num_cpus=num_cpus,
             include_dashboard=False,
             log_to_driver=False,

@@ -96,7 +96,7 @@ class RayStream:
         if waiting:
             raise ClusterError(
                 f"Ray started {len(started)} of {workers} stream workers in {START_LIMIT_S:.0f} s: each takes a core "
-                f"and the cluster has {ray.cluster_resources().get('CPU', 0):.0f}, some of them taken; lower data.workers"
+                f"and the cluster has {ray.cluster_resources().get('CPU', 0):.0f}, some taken; lower data.workers"
             )
         for reference in ready:
             _result(reference)

@@ -36,8 +36,8 @@ def extract(source: Path, size: str) -> None:
     np.savez_compressed(HERE / f"{size}.npz", **kept)
     result = {"arrays": described, "losses": _losses(numbers["scalars"])}
     if size == "tiny":
-        result["gradients"] = {name: [float(f"{v:.7g}") for v in values] for name, values in
-                               numbers["grad_stats_sum_abssum_l2"].items()}
+        statistics = numbers["grad_stats_sum_abssum_l2"].items()
+        result["gradients"] = {name: [float(f"{v:.8g}") for v in values] for name, values in statistics if values}
     (HERE / f"{size}.json").write_text(json.dumps(result, separators=(",", ":")) + "\n")
     parameters = json.loads((source / f"params_{size}.json").read_text())
     shapes = {name: about["shape"] for name, about in parameters.items()}
