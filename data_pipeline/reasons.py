@@ -1,7 +1,7 @@
 """Why an input is not in the store: one code for each cause, and the exception that carries it.
 
-A rejection is an outcome, not a failure: it ends as one quarantine row and the build goes on. Details name no file, path
-or person.
+A rejection is an outcome, not a failure: it ends as one quarantine row and the build goes on. Details name no file,
+path or person.
 """
 
 from enum import StrEnum

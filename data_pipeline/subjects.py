@@ -1,4 +1,4 @@
-"""Who a volume is of, as a pseudonym: volumes of one person must stay on one side of a split, and nobody may be named."""
+"""Who a volume is of, as a pseudonym: volumes of one person stay on one side of a split, and nobody is named."""
 
 import csv
 import hashlib

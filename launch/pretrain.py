@@ -1,12 +1,13 @@
-"""Pre-train, on one machine or many; start the same command again to go on.
+"""Pre-train a network; the run folder (`output` in the config) is taken up where it stands.
 
-    python launch/pretrain.py --config configs/demo.yaml [key=value ...]                       one process
-    deepspeed --num_gpus 2 launch/pretrain.py --config configs/demo.yaml                       two ranks here (CPU: gloo)
-    torchrun --nproc-per-node 8 launch/pretrain.py --config configs/base.yaml                  eight ranks here
-    deepspeed --hostfile hosts launch/pretrain.py --config configs/base.yaml                   several machines, by ssh
-    srun --ntasks-per-node 8 python launch/pretrain.py --config configs/base.yaml              several machines, by Slurm
+    deepspeed --num_gpus 2 launch/pretrain.py --config configs/demo.yaml                 2 ranks, on GPUs or CPU cores
+    python launch/pretrain.py --config configs/demo.yaml output=runs/mine seed=1         1 rank, two settings replaced
+    python -m torch.distributed.run --nproc_per_node 2 launch/pretrain.py --config configs/demo.yaml
+    srun --ntasks-per-node 8 --gpus-per-task 1 python launch/pretrain.py --config configs/base.yaml
+    deepspeed --hostfile hosts launch/pretrain.py --config configs/base.yaml             many machines
 
-Exit codes: 0 done, 2 a mistake in config, store or run folder, 3 damaged data, 75 asked to stop and saved (start again), 1 a bug.
+Ends with 0 (done), 2 (a mistake in settings or paths), 3 (data damaged), 75 (asked to stop: saved, start again) or 1
+(diverged, or a bug). On a CPU a rank computes on one thread unless OMP_NUM_THREADS is set: add ranks, not threads.
 """
 
 import argparse
@@ -15,27 +16,33 @@ from pathlib import Path
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import load_config
-from mim_scale.errors import exit_with
+from mim_scale.errors import MimScaleError, exit_with
 from mim_scale.training.placement import read_placement
 from mim_scale.training.stop import StopRequest
 
 
 def main() -> int:
-    """Read the command line, meet the other ranks, train."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, required=True)
-    parser.add_argument("--local_rank", type=int, help="set by launchers; the environment says the same")
-    parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    """Read the command line and train; returns the exit code."""
     stop = StopRequest().install()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="a YAML file; shipped ones are in configs/")
+    parser.add_argument("--local_rank", type=int, help="set by launchers; the environment says the same")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="settings to replace, for example train.steps=100"
+    )
+    arguments = parser.parse_args()
     placement = read_placement(os.environ)
-    config = load_config(PretrainConfig, options.config, options.overrides)
-    # Torch comes in here: a mistake above is answered at once.
+    try:
+        config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    except MimScaleError as error:
+        if placement.rank == 0:
+            raise
+        return error.exit_code  # rank 0 says it
+    # One thread a rank, set before torch is imported: numbers must not depend on how many cores a machine has.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     from mim_scale.training.loop import pretrain
-    from mim_scale.training.ranks import joined
 
-    with joined(placement) as ranks:
-        return pretrain(config, ranks, stop)
+    return pretrain(config, stop)
 
 
 if __name__ == "__main__":

@@ -8,12 +8,17 @@ import atexit
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from mim_scale.errors import ClusterError
+
+
+KNOCK_LIMIT_S = 10.0
+"""How long the head named by RAY_ADDRESS may take to answer at all."""
 
 
 def _set_environment() -> None:
@@ -66,6 +71,7 @@ def ray_cluster(num_cpus: int | None = None) -> Iterator[str]:
 
 def _join(address: str) -> None:
     try:
+        _knock(address)
         ray.init(address=address, log_to_driver=False, logging_level="ERROR")
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
@@ -73,6 +79,24 @@ def _join(address: str) -> None:
             f"no Ray cluster can be joined at RAY_ADDRESS={address}: {reason}; start one with `ray start --head`, "
             "and give this process the same RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH as the head"
         ) from None
+
+
+def _knock(address: str) -> None:
+    """Raise ConnectionError unless something that speaks gRPC answers: Ray itself would try for minutes, then end the process."""
+    host, _, port = address.rpartition(":")
+    if "://" in address or not port.isdigit():
+        return  # `auto` and addresses of other kinds are Ray's to resolve, which it does fast
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), KNOCK_LIMIT_S) as connection:
+            if os.environ.get("RAY_USE_TLS", "0") != "0":
+                return
+            connection.settimeout(KNOCK_LIMIT_S)
+            connection.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0]))
+            answer = connection.recv(9)
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(f"nothing answers there ({error})") from None
+    if len(answer) < 4 or answer[3] != 4:
+        raise ConnectionError("what answers there is not the head of a Ray cluster (its port is 6379 by default)")
 
 
 def _start(folder: Path, num_cpus: int | None) -> None:

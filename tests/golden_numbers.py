@@ -1,4 +1,4 @@
-"""The golden files of tests/golden: weights and inputs from names, and how far computed arrays are from the stored ones."""
+"""The golden files of tests/golden: weights and inputs from names, and how far an array is from the stored one."""
 
 import json
 import zlib
@@ -54,9 +54,7 @@ def golden_volume(tag: str, sample: int, size: int) -> NDArray[np.float32]:
 
 def golden_config(size: str, *overrides: str) -> PretrainConfig:
     """configs/tiny.yaml or configs/base.yaml, without recomputation."""
-    return load_config(
-        PretrainConfig, CONFIGS / f"{size}.yaml", ["train.activation_checkpointing=none", *overrides]
-    )
+    return load_config(PretrainConfig, CONFIGS / f"{size}.yaml", ["train.activation_checkpointing=none", *overrides])
 
 
 def golden_method(size: str, *overrides: str) -> MaskInMask:

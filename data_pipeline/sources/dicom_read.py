@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pydicom
 from numpy.typing import NDArray
+from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
 from data_pipeline.reasons import Reason, Rejected
 from data_pipeline.sources.dicom_geometry import Slice, positions_along_normal, stack_slices
@@ -105,10 +106,10 @@ def _decode(path: Path, size: tuple[int, int], repairs: set[str]) -> NDArray[np.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             file = pydicom.dcmread(path, force=True)
+            file.file_meta.TransferSyntaxUID = syntax = _transfer_syntax(file)
             pixels = file.pixel_array
-        slope, intercept = float(file.get("RescaleSlope", 1)), float(file.get("RescaleIntercept", 0))
+        slope, intercept = float(_or(file.get("RescaleSlope"), 1)), float(_or(file.get("RescaleIntercept"), 0))
         padding = _padding_range(file)
-        syntax = str(file.file_meta.get("TransferSyntaxUID", ""))
     except Exception as error:
         raise Rejected(Reason.UNREADABLE, f"the pixels of a slice cannot be decoded ({type(error).__name__})") from None
     if pixels.shape != size:
@@ -124,6 +125,21 @@ def _decode(path: Path, size: tuple[int, int], repairs: set[str]) -> NDArray[np.
     if padding is not None:
         _map_padding(hu, (pixels >= padding[0]) & (pixels <= padding[1]), repairs)
     return hu
+
+
+def _or(value: Any, default: float) -> Any:
+    return default if value is None else value
+
+
+def _transfer_syntax(file: Any) -> UID:
+    """How the pixels are encoded; a data set that lost its file meta can only be uncompressed."""
+    named = file.file_meta.get("TransferSyntaxUID")
+    if named:
+        return UID(named)
+    is_implicit, is_little = file.original_encoding
+    if is_implicit:
+        return ImplicitVRLittleEndian
+    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
 
 
 def _padding_range(file: Any) -> tuple[int, int] | None:

@@ -110,10 +110,12 @@ def image_types(header: Any) -> set[str]:
 def _problem(header: Any) -> tuple[Reason, str] | None:
     """Why an image can be refused by its header; None where nothing speaks against it."""
     types = image_types(header)
+    has_image = bool(header.get("Rows") and header.get("Columns"))
     refusals = (
+        (not has_image and not _modality(header), Reason.NO_PIXELS, "no image in the file"),
         (_is_secondary_capture(header), Reason.SECONDARY_CAPTURE, "a secondary capture, not a reconstruction"),
         (_modality(header) != "CT", Reason.NOT_CT, f"modality {_word(_modality(header))}, expected CT"),
-        (not header.get("Rows") or not header.get("Columns"), Reason.NO_PIXELS, "no image in the file"),
+        (not has_image, Reason.NO_PIXELS, "no image in the file"),
         (bool(types & {"LOCALIZER", "SCOUT"}), Reason.LOCALIZER, "a localizer by its image type"),
         (bool(types & _MAPS), Reason.DERIVED_MAP, f"image type {' '.join(sorted(types & _MAPS))}: not HU of tissue"),
         (_rescale_type(header) not in _HU_TYPES, Reason.DERIVED_MAP, "the rescale type is not HU"),

@@ -1,8 +1,8 @@
 """Checkpoints that any number of ranks and any engine can load, and that are whole or absent.
 
-A checkpoint is a folder `step_00000100/` with `weights.safetensors` (fp32, by parameter name), `moments.safetensors` (fp32, by
-`name/exp_avg` and `name/exp_avg_sq`) and `run.json`, which is written last and names the hash of both. It is made under a temporary
-name and published by one rename. Rank 0 alone writes and chooses.
+A checkpoint is a folder `step_00000100/` with `weights.safetensors` (fp32, by parameter name), `moments.safetensors`
+(fp32, by `name/exp_avg` and `name/exp_avg_sq`) and `run.json`, which is written last and names the hash of both. It is
+made under a temporary name and published by one rename. Rank 0 alone writes and chooses.
 """
 
 import hashlib
@@ -95,7 +95,8 @@ class CheckpointFolder:
         """The newest checkpoint that verifies; each damaged one before it is named to `tell`.
 
         Raises:
-            CheckpointError: there are checkpoints and none verifies, or the newest good one is of another format version.
+            CheckpointError: there are checkpoints and none verifies, or the newest good one is of another format
+                version.
         """
         damaged = []
         for folder in self.folders():
@@ -109,8 +110,8 @@ class CheckpointFolder:
             return checkpoint
         if damaged:
             raise CheckpointError(
-                f"{self.path}: none of {len(damaged)} checkpoints is whole ({', '.join(damaged)}); restore one from a copy, or move "
-                "the folder away to begin again"
+                f"{self.path}: none of {len(damaged)} checkpoints is whole ({', '.join(damaged)}); restore one from a "
+                "copy, or move the folder away to begin again"
             )
         return None
 
@@ -186,7 +187,8 @@ def check_fits(checkpoint: Checkpoint, weights: dict[str, Tensor], expected: dic
             raise CheckpointError(f"{checkpoint.path}: has no tensor {name}: it belongs to another model")
         if tuple(weights[name].shape) != tuple(shape):
             raise CheckpointError(
-                f"{checkpoint.path}: {name} is {list(weights[name].shape)}, the model's is {list(shape)}: it belongs to another model"
+                f"{checkpoint.path}: {name} is {list(weights[name].shape)}, the model's is {list(shape)}: "
+                "it belongs to another model"
             )
     unknown = sorted(weights.keys() - expected.keys())
     if unknown:

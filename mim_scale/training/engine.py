@@ -43,7 +43,7 @@ class Engine(Protocol):
         """
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
-        """Take weights and moments as `state` gives them, and the number of updates made so far; all ranks pass the whole."""
+        """Take what `state` gives, and the number of updates made so far; all ranks pass the whole."""
 
     def close(self) -> None:
         """Release what the engine holds."""
@@ -65,7 +65,8 @@ def build_engine(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> Eng
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """AdamW's groups: no decay for one-dimensional parameters and biases, decay for the rest (method: section 1.6)."""
-    decayed, free = [], []
+    decayed: list[nn.Parameter] = []
+    free: list[nn.Parameter] = []
     for name, parameter in trained_parameters(module).items():
         (free if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]

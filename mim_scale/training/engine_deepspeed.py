@@ -1,13 +1,14 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3 around the same AdamW; the one home of deepspeed.
 
-Its configuration is derived from ours, so there is no JSON file to disagree with. Nothing is compiled: the optimizer is torch's own,
-and the shared-memory collective that DeepSpeed would build with a C++ compiler on CPU machines is switched off (training does not
-use it). State is exchanged by parameter name, never as DeepSpeed's own partition files.
+Its configuration is derived from ours, so there is no JSON file to disagree with. Nothing is compiled: the optimizer is
+torch's own, and the shared-memory collective that DeepSpeed would build with a C++ compiler on CPU machines is switched
+off (training does not use it). State is exchanged by parameter name, never as DeepSpeed's own partition files.
 """
 
 import contextlib
 import logging
 import os
+import warnings
 from typing import Any
 
 import torch
@@ -26,12 +27,12 @@ from mim_scale.training.engine import (
 from mim_scale.training.engine_plain import load_plain_state, plain_state
 from mim_scale.training.ranks import Ranks
 
-# Chosen here because DeepSpeed would otherwise probe the machine for every accelerator it knows, and say so on each rank.
+# Chosen here because DeepSpeed would otherwise probe for every accelerator it knows, and say so on each rank.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
-import deepspeed  # noqa: E402
-import deepspeed.ops  # noqa: E402
-from deepspeed.utils import (  # noqa: E402
+import deepspeed
+import deepspeed.ops
+from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
@@ -62,6 +63,8 @@ class DeepSpeedEngine:
         self._coalescing = contextlib.ExitStack()
         self._is_coalescing = False
         logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        # Newer torch renames collectives that DeepSpeed still calls by their old names; every call would say so.
+        warnings.filterwarnings("ignore", message=".*torch.distributed.* is deprecated", category=FutureWarning)
         switch_off_compiled_collective()
         deepspeed.init_distributed(verbose=False)
         optimizer = torch.optim.AdamW(
@@ -146,8 +149,9 @@ class DeepSpeedEngine:
     def _make_moments(self) -> None:
         """Bring AdamW's moments into being as zeros, so that state can be read and set before the first update.
 
-        DeepSpeed would make them in the first update, and with two parameter groups it then connects parameters to moments that the
-        second group does not have yet: reading them back fails. Zeros and a count of 0 are what AdamW starts from anyway.
+        DeepSpeed would make them in the first update, and with two parameter groups it then connects parameters to
+        moments that the second group does not have yet: reading them back fails. Zeros and a count of 0 are what AdamW
+        starts from anyway.
         """
         zero = self._engine.optimizer
         flats = zero.fp32_partitioned_groups_flat if self._stage == 3 else zero.single_partition_of_fp32_groups
@@ -204,7 +208,7 @@ class _TupleOutput(nn.Module):
 
 
 def deepspeed_config(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run: batch, precision, clipping and stage; no scheduler and no optimizer, which are ours."""
+    """DeepSpeed's dictionary for a run; scheduler and optimizer are not in it, they are ours."""
     derived: dict[str, Any] = {
         "train_batch_size": config.train.batch,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,

@@ -75,7 +75,7 @@ class PlainEngine:
         flat = torch.cat([gradient.flatten() for gradient in gradients])
         dist.all_reduce(flat)
         flat /= self._ranks.world
-        for gradient, reduced in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        for gradient, reduced in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
             gradient.copy_(reduced.view_as(gradient))
 
 

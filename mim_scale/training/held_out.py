@@ -1,7 +1,7 @@
 """The loss on fixed samples of held-out subjects, beside that of the trivial predictor on the same samples.
 
-Ranks take whole micro-batches in turn and the sum runs over micro-batches in their order, so the number does not depend on how
-many ranks there are, beyond what their weights differ.
+Ranks take whole micro-batches in turn and the sum runs over micro-batches in their order, so the number does not depend
+on how many ranks there are, beyond what their weights differ.
 """
 
 import math
@@ -34,7 +34,7 @@ class HeldOut:
     """
 
     def __init__(self, config: PretrainConfig, dataset: Dataset, rows: Sequence[Row], ranks: Ranks) -> None:
-        # In-process threads whatever the training's transport: both give the same bits, and actors are dear for a few samples.
+        # Threads whatever the training's transport: both give the same bits, and actors are dear for a few samples.
         self._config = config.model_copy(update={"data": config.data.model_copy(update={"transport": "threads"})})
         self._dataset, self._rows, self._ranks = dataset, rows, ranks
         size, count = config.train.micro_batch, config.held_out.samples
@@ -46,7 +46,7 @@ class HeldOut:
         return bool(self._rows) and (step % self._config.held_out.every == 0 or step == self._config.train.steps)
 
     def measure(self, module: nn.Module) -> dict[str, float]:
-        """The loss, its parts, and the trivial predictor's as `trivial_1` ..., each a mean over the samples; all ranks call it."""
+        """Means over the samples: the loss, its parts, the trivial predictor's as `trivial_1`; all ranks call it."""
         if self._trivial is None:
             trivial = cast(_Method, module).trivial
             self._trivial = self._mean(lambda batch: _renamed(trivial(batch)))

@@ -1,11 +1,13 @@
-"""The journal of a run: one JSON line a step, in `journal.jsonl`; the truth that every other view of the run is fed from.
+"""The journal of a run, `journal.jsonl`: one JSON line a step, the truth that every other view of the run is fed from.
 
 Rows have a `kind`:
   start     a process took up the run: step, world, fingerprint, config_digest, time
-  step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm, samples_per_second, data_wait
-  held_out  step (updates made so far) and held_out: the loss, its parts, and the trivial predictor's as `trivial_1`, `trivial_2`
-A step has one row however often it was computed: a run that goes on from an older checkpoint repeats steps, bit for bit, and does
-not write them again.
+  step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm,
+            samples_per_second, data_wait (share of the time)
+  held_out  step (updates made so far) and held_out: the loss, its parts, the trivial predictor's as `trivial_1` ...
+
+A step has one row however often it was computed: a run that goes on from an older checkpoint repeats steps, bit for
+bit, and does not write them again.
 """
 
 import json
@@ -48,6 +50,11 @@ class Journal:
         """The last step that has a row; -1 for none."""
         return self._last["step"]
 
+    @property
+    def last_held_out(self) -> int:
+        """The last step with a held-out row; -1 for none."""
+        return self._last["held_out"]
+
     def write(self, kind: str, step: int, **values: Any) -> bool:
         """Append a row, unless the step has one of this kind already; returns whether it was written.
 
@@ -58,8 +65,16 @@ class Journal:
                 return False
             self._last[kind] = step
         row = {"kind": kind, "step": step, **values}
-        self._file.write((json.dumps(row, allow_nan=False) + "\n").encode())
+        self._append((json.dumps(row, allow_nan=False) + "\n").encode())
         return True
+
+    def _append(self, line: bytes) -> None:
+        try:
+            self._file.write(line)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: cannot be written ({error.strerror}); make room, then start the same command again"
+            ) from None
 
     def sync(self) -> None:
         """Make the rows durable: before a checkpoint, so that none is newer than the journal."""

@@ -1,267 +1,193 @@
-"""Pre-training from the first step to the last, or from where a checkpoint left it, on any number of ranks."""
+"""A pre-training run from its config: taken up where its run folder says, saved as it goes, ended with a code.
+
+Everything but weights, moments and the step is a function of (config, step); so taking a run up is loading one
+checkpoint, on any number of ranks, and asking the stream for the next positions.
+"""
 
 import os
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, nullcontext
-from pathlib import Path
+from contextlib import ExitStack
+from dataclasses import dataclass
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
-from mim_scale.config_file import config_values, digest_config
-from mim_scale.errors import EXIT_REQUEUE, MimScaleError
+from mim_scale.errors import EXIT_REQUEUE, StoreError
 from mim_scale.methods.build import build_method
 from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.manifest import Row, split_subjects
-from mim_scale.streaming.device import to_device
 from mim_scale.streaming.stream import open_stream
-from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, check_fits
-from mim_scale.training.engine import Engine, build_engine, trained_parameters
+from mim_scale.training.checkpoint import check_fits
+from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.held_out import HeldOut
-from mim_scale.training.journal import Journal
+from mim_scale.training.placement import read_placement
 from mim_scale.training.progress import Progress
-from mim_scale.training.ranks import Ranks
-from mim_scale.training.run_folder import CHECKPOINTS, JOURNAL, RunLock, adopt_config, config_of_record, refuse_other_run
+from mim_scale.training.ranks import Ranks, joined
+from mim_scale.training.ray_node import ray_for_ranks
+from mim_scale.training.records import Records, StartingPoint
 from mim_scale.training.schedule import learning_rate
 from mim_scale.training.step import StepMetrics, train_step
 from mim_scale.training.stop import StopRequest
-from mim_scale.training.tracking import NoTracker, Status, Tracker, open_tracker
-
-NUM_PICTURES = 3
-"""Held-out samples that are drawn."""
 
 
-def pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
-    """Train, measure, save and draw until `train.steps` updates are made.
+@dataclass(frozen=True)
+class _Run:
+    """What the loop works with; only `records` and `progress` are busier on rank 0 than elsewhere."""
+
+    config: PretrainConfig
+    ranks: Ranks
+    dataset: Dataset
+    rows: tuple[Row, ...]
+    engine: Engine
+    held_out: HeldOut
+    records: Records
+    progress: Progress
+    stop: StopRequest
+
+
+def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
+    """Train to `train.steps`, on the ranks that the environment describes.
+
+    Args:
+        config: The run's settings.
+        stop: Asked after every step; the caller installs it where signals are to be heard.
 
     Returns:
-        0 when all steps are made, 75 when a signal asked to stop and the state was saved.
+        0 when the last step is made (also when it was made before), 75 when asked to stop: saved, start again to go on.
 
     Raises:
-        MimScaleError: see errors.py; on several ranks AllRanksEnd, after one line.
+        MimScaleError: bad settings, store, checkpoint or cluster; damaged bytes; a loss that is not finite. With
+            several ranks, a SystemExit with the same code, after one of them has printed the line.
     """
-    with ExitStack() as stack:
-        # Refusals come before any work, and before anything is written but the lock.
-        dataset = ranks.together(lambda: Dataset.open(config.data.store))
-        rows, held_out_rows = ranks.together(
-            lambda: split_subjects(dataset.rows, config.seed, config.data.held_out_subjects)
-        )
-        ranks.together(lambda: micro_batches(0, config.train.batch, config.train.micro_batch, ranks.rank, ranks.world))
-        output = Path(config.output)
-        if ranks.rank == 0:
-            lock = ranks.together(lambda: RunLock(output))
-            stack.callback(lock.release)
-        else:
-            ranks.together(lambda: None)
-        checkpoint = ranks.on_first(lambda: _resume_point(config, dataset, output))
-        if checkpoint is not None and checkpoint.step >= config.train.steps:
+    with joined(read_placement(os.environ)) as ranks:
+        code = _pretrain(config, ranks, stop or StopRequest())
+        # Leave together: a launcher ends the others as soon as one is gone, and rank 0 may have rows to send yet.
+        ranks.gather([0.0])
+        return code
+
+
+def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
+    # 1. The batch fits the ranks, the store is whole and the same everywhere, the split leaves something to train on.
+    train = config.train
+    ranks.together(lambda: micro_batches(0, train.batch, train.micro_batch, ranks.rank, ranks.world))
+    dataset = ranks.together(lambda: Dataset.open(config.data.store))
+    ranks.together(lambda: _refuse_other_copy(dataset, ranks.broadcast(dataset.fingerprint)))
+    rows, held_rows = ranks.together(lambda: split_subjects(dataset.rows, config.seed, config.data.held_out_subjects))
+    # 2. The run folder is ours, and what lies in it is this run.
+    with Records(config, dataset.fingerprint, ranks.world, is_kept_here=ranks.rank == 0) as records:
+        start = ranks.on_first(records.take_up)
+        # 3. Nothing left to do, but perhaps something left to send.
+        if start.step >= train.steps:
+            records.follow()
+            records.status = "FINISHED"
             if ranks.rank == 0:
-                print(f"already done: {checkpoint.step} steps in {checkpoint.path}", flush=True)
+                print(f"already done: {start.step} steps, in {config.output}", flush=True)
             return 0
-        run = _Run(config, ranks, dataset, rows, held_out_rows, stop, stack)
-        run.begin(checkpoint)
-        return run.train()
+        # 4. Model and engine, and the state of the newest checkpoint.
+        with ExitStack() as resources:
+            module = build_method(config)
+            progress = Progress(start.step, train.steps, train.batch, is_shown=ranks.rank == 0)
+            resources.callback(progress.close)
+            progress.say(_opening(config, ranks, start.step, module, len(rows), len(held_rows)))
+            state = ranks.together(lambda: _load(start, module))
+            engine = build_engine(module, config, ranks)
+            resources.callback(engine.close)
+            if state is not None:
+                engine.load_state(*state, updates=start.step)
+                del state
+            resources.enter_context(ray_for_ranks(config.data, ranks))
+            held_out = HeldOut(config, dataset, held_rows, ranks)
+            records.begin(start.step)
+            return _train(_Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop), start)
 
 
-def _resume_point(config: PretrainConfig, dataset: Dataset, output: Path) -> Checkpoint | None:
-    """1. a damaged checkpoint is skipped with a word; 2. the newest whole one is taken, if it is this run's; 3. none: begin anew."""
-    adopt_config(config, output)
-    folder = CheckpointFolder(output / CHECKPOINTS, config.checkpoint.keep)
-    folder.remove_leftovers()
-    checkpoint = folder.newest(lambda text: print(text, flush=True))
-    if checkpoint is None:
+def _train(run: _Run, start: StartingPoint) -> int:
+    train = run.config.train
+    if start.held_out_step < start.step:
+        _measure(run, start.step)
+    with open_stream(run.config, run.dataset, run.rows) as stream:
+        batches = stream.batches(_schedule(run.config, run.ranks, start.step))
+        for step in range(start.step, train.steps):
+            began = time.perf_counter()
+            rate = learning_rate(step, run.config.optimizer, train)
+            count = accumulation(run.config, run.ranks)
+            metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop)
+            _tell(run, step, rate, metrics, time.perf_counter() - began)
+            done = step + 1
+            if not metrics.is_stop_asked or done == train.steps:
+                _measure(run, done)
+            if metrics.is_stop_asked or done % run.config.checkpoint.every == 0 or done == train.steps:
+                _save(run, done)
+            if metrics.is_stop_asked and done < train.steps:
+                run.records.status = "KILLED"
+                run.progress.say(f"stopped as asked after step {done}, saved; start the same command again to go on")
+                return EXIT_REQUEUE
+    run.records.status = "FINISHED"
+    run.progress.say(f"done: {train.steps} steps, in {run.config.output}")
+    return 0
+
+
+def _schedule(config: PretrainConfig, ranks: Ranks, first_step: int) -> Iterator[range]:
+    """The positions of every micro-batch that this rank will need, in order."""
+    for step in range(first_step, config.train.steps):
+        yield from micro_batches(step, config.train.batch, config.train.micro_batch, ranks.rank, ranks.world)
+
+
+def _load(start: StartingPoint, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+    """The checkpoint's tensors, once they are seen to fit the module; before an engine cuts its parameters up."""
+    if start.checkpoint is None:
         return None
-    where = str(checkpoint.path)
-    refuse_other_run(config_of_record(checkpoint.record, where), config, where)
-    if checkpoint.record.get("fingerprint") != dataset.fingerprint:
-        raise MimScaleError(
-            f"{dataset.path}: the store's fingerprint is {dataset.fingerprint[:16]}, the run in {output} was begun on "
-            f"{str(checkpoint.record.get('fingerprint'))[:16]}: give it that store, or choose another output"
-        )
-    return checkpoint
+    weights, moments = start.checkpoint.load()
+    check_fits(start.checkpoint, weights, {name: value.shape for name, value in module.state_dict().items()})
+    return weights, moments
 
 
-class _Run:
-    """What one process holds while it trains."""
+def _tell(run: _Run, step: int, rate: float, metrics: StepMetrics, seconds: float) -> None:
+    position = (step + 1) * run.config.train.batch
+    run.records.row(
+        "step",
+        step + 1,
+        epoch=position / len(run.rows),
+        position=position,
+        loss=metrics.losses["loss"],
+        parts={name: value for name, value in metrics.losses.items() if name != "loss"},
+        learning_rate=rate,
+        grad_norm=metrics.grad_norm,
+        samples_per_second=run.config.train.batch / seconds,
+        data_wait=metrics.wait_s / seconds,
+    )
+    run.progress.step(step + 1, metrics.losses["loss"], rate, seconds, metrics.wait_s)
 
-    def __init__(
-        self,
-        config: PretrainConfig,
-        ranks: Ranks,
-        dataset: Dataset,
-        rows: tuple[Row, ...],
-        held_out_rows: tuple[Row, ...],
-        stop: StopRequest,
-        stack: ExitStack,
-    ) -> None:
-        self.config, self.ranks, self.dataset, self.rows, self.stop = config, ranks, dataset, rows, stop
-        self.output = Path(config.output)
-        self.held_out_rows = held_out_rows
-        self.held_out = HeldOut(config, dataset, held_out_rows, ranks)
-        self.checkpoints = CheckpointFolder(self.output / CHECKPOINTS, config.checkpoint.keep)
-        self.is_first = ranks.rank == 0
-        self.start = 0
-        self.stack = stack
-        self.engine: Engine = build_engine(build_method(config), config, ranks)
-        stack.callback(self.engine.close)
-        self.journal = Journal(self.output / JOURNAL) if self.is_first else None
-        if self.journal is not None:
-            stack.callback(self.journal.close)
-        self.tracker: Tracker = NoTracker()
-        if self.is_first:
-            self.tracker = open_tracker(config.tracking, self.output, self.output / JOURNAL)
 
-    def begin(self, checkpoint: Checkpoint | None) -> None:
-        """Take the state of a checkpoint, or keep the fresh one; say so in the journal."""
-        config, ranks = self.config, self.ranks
-        if checkpoint is not None:
-            weights, moments = ranks.together(checkpoint.load)
-            shapes = {name: tuple(p.shape) for name, p in build_shapes(config).items()}
-            ranks.together(lambda: check_fits(checkpoint, weights, shapes))
-            self.engine.load_state(weights, moments, checkpoint.step)
-            self.start = checkpoint.step
-        digest = digest_config(config)
-        if self.journal is not None:
-            self.journal.write(
-                "start",
-                self.start,
-                world=ranks.world,
-                fingerprint=self.dataset.fingerprint,
-                config_digest=digest,
-                time=time.time(),
-            )
-        self.tracker.start(config_values(config), {"fingerprint": self.dataset.fingerprint, "config_digest": digest})
+def _measure(run: _Run, step: int) -> None:
+    if not run.held_out.is_due(step):
+        return
+    values = run.held_out.measure(run.engine.module)
+    run.records.row("held_out", step, held_out=values)
+    run.progress.say(f"step {step}: held-out loss {values['loss']:.4f}")
 
-    def train(self) -> int:
-        """Steps from start to the last; returns the exit code."""
-        status: Status = "FAILED"
-        try:
-            with self._transport():
-                code = self._steps()
-            status = "FINISHED" if code == 0 else "KILLED"
-            return code
-        except KeyboardInterrupt:
-            status = "KILLED"
-            raise
-        finally:
-            self.tracker.close(status)
 
-    def _transport(self) -> "ExitStack | nullcontext[None]":
-        if self.config.data.transport != "ray":
-            return nullcontext()
-        from mim_scale.ray_cluster import ray_cluster
+def _save(run: _Run, step: int) -> None:
+    weights, moments = run.engine.state()
+    run.ranks.together(lambda: run.records.save(step, weights, moments))
 
-        stack = ExitStack()
-        # The first rank of each machine starts a cluster there unless RAY_ADDRESS names one; its neighbours join it.
-        own = self.ranks.together(
-            lambda: stack.enter_context(ray_cluster()) if self.ranks.local_rank == 0 else ""
-        )
-        addresses = self.ranks.gather_objects((self.ranks.local_rank, own))
-        if self.ranks.local_rank != 0 and "RAY_ADDRESS" not in os.environ:
-            leader = self.ranks.rank - self.ranks.local_rank
-            os.environ["RAY_ADDRESS"] = addresses[leader][1]
-            stack.callback(os.environ.pop, "RAY_ADDRESS", None)
-        return stack
 
-    def _steps(self) -> int:
-        config, ranks, train = self.config, self.ranks, self.config.train
-        progress = Progress(self.start, train.steps, train.batch, self.is_first)
-        self._measure(self.start, progress)
-        count = train.batch // (train.micro_batch * ranks.world)
-        saved = self.start
-        try:
-            with ranks.together(lambda: open_stream(config, self.dataset, self.rows)) as stream:
-                batches = stream.batches(self._schedule())
-                for step in range(self.start, train.steps):
-                    begun = time.perf_counter()
-                    rate = learning_rate(step, config.optimizer, train)
-                    metrics = train_step(self.engine, batches, count, step, rate, ranks, self.stop)
-                    seconds = time.perf_counter() - begun
-                    self._write(step, metrics, rate, seconds)
-                    progress.step(step + 1, metrics.losses["loss"], rate, seconds, metrics.wait_s)
-                    done = step + 1
-                    self._measure(done, progress)
-                    is_last = done == train.steps or metrics.is_stop_asked
-                    if is_last or done % config.checkpoint.every == 0:
-                        self._save(done)
-                        saved = done
-                    if metrics.is_stop_asked and done < train.steps:
-                        progress.say(f"asked to stop: saved after step {saved}; the same command goes on from there")
-                        return EXIT_REQUEUE
-            self._draw(progress)
-            return 0
-        finally:
-            progress.close()
-
-    def _schedule(self) -> Iterator[range]:
-        train = self.config.train
-        for step in range(self.start, train.steps):
-            yield from micro_batches(step, train.batch, train.micro_batch, self.ranks.rank, self.ranks.world)
-
-    def _write(self, step: int, metrics: StepMetrics, rate: float, seconds: float) -> None:
-        if self.journal is None:
-            return
-        batch = self.config.train.batch
-        losses = dict(metrics.losses)
-        self.journal.write(
-            "step",
-            step + 1,
-            epoch=step * batch // len(self.rows),
-            position=step * batch,
-            loss=losses.pop("loss"),
-            parts=losses,
-            learning_rate=rate,
-            grad_norm=metrics.grad_norm,
-            samples_per_second=batch / seconds,
-            data_wait=metrics.wait_s / seconds,
+def _refuse_other_copy(dataset: Dataset, expected: str) -> None:
+    if dataset.fingerprint != expected:
+        raise StoreError(
+            f"{dataset.path}: holds the dataset {dataset.fingerprint[:16]} on this rank's machine, rank 0 has "
+            f"{expected[:16]}: "
+            "give all machines the same store"
         )
 
-    def _measure(self, done: int, progress: Progress) -> None:
-        if not self.held_out.is_due(done):
-            return
-        values = self.held_out.measure(self.engine.module)
-        if self.journal is not None:
-            self.journal.write("held_out", done, held_out=values)
-        levels = range(1, len(self.config.plan.levels) + 1)
-        ratios = ", ".join(f"level {n} {values[f'level_{n}'] / values[f'trivial_{n}']:.2f}" for n in levels)
-        progress.say(f"held out after step {done}: loss {values['loss']:.4f}; as a share of the trivial predictor's: {ratios}")
 
-    def _save(self, done: int) -> None:
-        weights, moments = self.engine.state()
-        facts = {
-            "position": done * self.config.train.batch,
-            "config": config_values(self.config),
-            "config_digest": digest_config(self.config),
-            "fingerprint": self.dataset.fingerprint,
-            "world": self.ranks.world,
-        }
-        self.ranks.on_first(lambda: str(self.checkpoints.save(done, weights, moments, facts)))
-
-    def _draw(self, progress: Progress) -> None:
-        """Pictures of fixed held-out samples (every rank runs the network, the first one draws), and of the losses."""
-        from mim_scale.training.pictures import draw_loss_curve, draw_reconstruction, read_rows
-
-        folder = self.output / "pictures"
-        module: nn.Module = self.engine.module
-        if self.held_out_rows:
-            chunks = [range(n, n + 1) for n in range(min(NUM_PICTURES, self.config.held_out.samples))]
-            with open_stream(self.config, self.dataset, self.held_out_rows, held_out=True) as stream, torch.no_grad():
-                for number, batch in enumerate(stream.batches(chunks), start=1):
-                    levels = module.preview(to_device(batch, self.ranks.device))  # type: ignore[operator]  # a method has it
-                    if self.is_first:
-                        path = folder / f"reconstruction_{number}.png"
-                        draw_reconstruction(levels, f"held-out volume {batch.keys[0]}", path)
-                        self.tracker.image(path)
-        if self.is_first:
-            draw_loss_curve(read_rows(self.output / JOURNAL), folder / "loss.png")
-            self.tracker.image(folder / "loss.png")
-            progress.say(f"pictures: {folder}")
-
-
-def build_shapes(config: PretrainConfig) -> dict[str, nn.Parameter]:
-    """The trained parameters of the config's method, without memory for their values."""
-    with torch.device("meta"):
-        return trained_parameters(build_method(config))
+def _opening(config: PretrainConfig, ranks: Ranks, step: int, module: nn.Module, volumes: int, held_out: int) -> str:
+    parameters = sum(parameter.numel() for parameter in trained_parameters(module).values())
+    engine = f"DeepSpeed ZeRO-{config.train.zero_stage}" if config.train.engine == "deepspeed" else "plain torch"
+    taken_up = f"taken up at step {step} of {config.train.steps}" if step else f"{config.train.steps} steps"
+    return (
+        f"{config.output}: {taken_up}; {parameters:,} parameters, {ranks.world} rank{'s' * (ranks.world > 1)} on "
+        f"{ranks.device.type}, {engine}; {volumes} volumes to train on, {held_out} held out"
+    )

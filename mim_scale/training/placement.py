@@ -1,7 +1,7 @@
 """Where this process stands among the ranks, read from whatever started it; no torch, so that it answers at once.
 
-The deepspeed launcher and torchrun set RANK, WORLD_SIZE and LOCAL_RANK. srun sets SLURM_PROCID, SLURM_NTASKS and SLURM_LOCALID,
-from which the rest is derived. A process that nobody started in company is rank 0 of 1.
+The deepspeed launcher and torchrun set RANK, WORLD_SIZE and LOCAL_RANK. srun sets SLURM_PROCID, SLURM_NTASKS and
+SLURM_LOCALID, from which the rest is derived. A process that nobody started in company is rank 0 of 1.
 """
 
 import os
@@ -71,7 +71,8 @@ def export_placement(placement: Placement) -> None:
 def _checked(placement: Placement) -> Placement:
     if not 0 <= placement.rank < placement.world:
         raise ClusterError(
-            f"this process is rank {placement.rank} of {placement.world}, which cannot be: look at the launcher's settings"
+            f"this process is rank {placement.rank} of {placement.world}, which cannot be: look at the launcher's "
+            "settings"
         )
     return placement
 

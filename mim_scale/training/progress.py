@@ -37,7 +37,8 @@ class Progress:
         self._seconds = seconds if self._seconds == 0.0 else (1 - SMOOTHING) * self._seconds + SMOOTHING * seconds
         left = duration((self._steps - done) * self._seconds)
         facts = (
-            f"step {done}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.1e}  {self._batch / self._seconds:.2f} samples/s  "
+            f"step {done}/{self._steps}  loss {loss:.4f}  lr {learning_rate:.1e}  {self._batch / self._seconds:.2f} "
+            "samples/s  "
             f"data wait {wait_s / seconds:.0%}  {left} left"
         )
         if self._bar is not None:

@@ -1,7 +1,8 @@
 """The processes that train together, and the few exchanges they need besides the gradients.
 
-Numbers are gathered in rank order and summed by the caller in that order, so every rank computes the same total. An error on one
-rank ends all of them: `agree` and `together` let each learn of it before it would wait for the others in vain.
+Numbers are gathered in rank order and summed by the caller in that order, so every rank computes the same total. An
+error on one rank ends all of them: `agree` and `together` let each learn of it before it would wait for the others in
+vain.
 """
 
 import contextlib
@@ -17,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
+from torch._C._distributed_c10d import HashStore
 
 from mim_scale.errors import ClusterError, MimScaleError
 from mim_scale.training.placement import Placement, export_placement
@@ -24,7 +26,7 @@ from mim_scale.training.placement import Placement, export_placement
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=15)
-"""How long a rank waits for the others, at the start and in every exchange. A slow file system is inside it, a dead machine is not."""
+"""How long a rank waits for the others, at the start and in every exchange: longer than a slow disk takes."""
 
 
 class AllRanksEnd(SystemExit):
@@ -107,6 +109,12 @@ class Ranks:
             return
         self._end_all(error)
 
+    def fail(self, error: MimScaleError) -> NoReturn:
+        """End all ranks with an error that each of them knows of; it is told once."""
+        if self.world == 1:
+            raise error
+        self._end_all(error if self.rank == 0 else None)
+
     def _end_all(self, error: MimScaleError | None) -> NoReturn:
         told = self.gather_objects(None if error is None else (error.exit_code, str(error)))
         first = next(rank for rank, entry in enumerate(told) if entry is not None)
@@ -130,12 +138,13 @@ def joined(placement: Placement) -> Iterator[Ranks]:
     _make_deterministic(device)
     try:
         if placement.world == 1:
-            dist.init_process_group(_backend(device), store=dist.HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         else:
             dist.init_process_group(_backend(device), init_method="env://", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ClusterError(
-            f"rank {placement.rank} of {placement.world} did not meet the others at {placement.address}:{placement.port} "
+            f"rank {placement.rank} of {placement.world} did not meet the others at "
+            f"{placement.address}:{placement.port} "
             f"from {socket.gethostname()}: {_short(error)}; check that all ranks started and that the port is open"
         ) from None
     try:
@@ -165,7 +174,8 @@ def is_lost_peer(error: BaseException) -> bool:
 
 def _lost_peer(rank: int, error: BaseException) -> ClusterError:
     return ClusterError(
-        f"rank {rank} lost another rank ({_short(error)}); that rank's own message says why; start the same command again to go on"
+        f"rank {rank} lost another rank ({_short(error)}); that rank's own message says why; start the same command "
+        "again to go on"
     )
 
 
@@ -191,13 +201,13 @@ def _backend(device: torch.device) -> str:
 
 
 def _make_deterministic(device: torch.device) -> None:
-    """On a CPU: one thread a rank unless the user set OMP_NUM_THREADS, and only algorithms that repeat themselves bit by bit."""
+    """On a CPU: one thread a rank unless OMP_NUM_THREADS is set, and only algorithms that repeat bit by bit."""
     if device.type != "cpu":
         return
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _short(error: BaseException) -> str:

@@ -31,12 +31,13 @@ MAY_CHANGE = (
     "held_out.every",
     "tracking.",
 )
-"""Settings that may differ when a run goes on: they change time, place and memory, not results. The store is held to by its
-fingerprint. train.steps may not: every step's learning rate depends on it."""
+"""Settings that may differ when a run goes on: they change time, place and memory, not results.
+
+The store may move: its fingerprint is compared. train.steps may not change: all learning rates depend on it."""
 
 
 class RunLock:
-    """Keeps a second process out of the folder while this one lives; the kernel lets go when it dies, however it dies."""
+    """Keeps a second process out of the folder; the kernel lets go of it when this one dies, however it dies."""
 
     def __init__(self, output: Path) -> None:
         """Take the folder, making it where it does not exist.
@@ -98,7 +99,8 @@ def refuse_other_run(earlier: PretrainConfig, config: PretrainConfig, where: str
     for key in sorted(before.keys() | now.keys()):
         if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(
-                f"{key} is {now.get(key)!r}, but the run was begun with {before.get(key)!r} ({where}), and it changes results: "
+                f"{key} is {now.get(key)!r}, but the run was begun with {before.get(key)!r} ({where}), and it changes "
+                "results: "
                 "set it back, or choose another output"
             )
 

@@ -2,8 +2,9 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NoReturn
 
 import torch
 
@@ -40,14 +41,16 @@ def train_step(
 ) -> StepMetrics:
     """Make one optimizer update from the next `count` micro-batches of every rank.
 
-    Losses are exchanged before the update, so that no rank updates when one of them has diverged; they are summed in rank order.
+    Losses are exchanged before the update, so that no rank updates when one of them has diverged; they are summed in
+    rank order.
 
     Raises:
         MimScaleError: what the stream met, on this or another rank.
         DivergedError: a loss or the gradient is not finite; names the step and the volumes.
     """
     engine.set_rates(learning_rate)
-    wait_s, keys, sums = 0.0, [], torch.zeros(0)
+    wait_s, sums = 0.0, torch.zeros(0)
+    keys: list[str] = []
     names: list[str] = []
     for index in range(count):
         start = time.perf_counter()
@@ -84,11 +87,13 @@ def _next_on_all(batches: Iterator[Batch], ranks: Ranks) -> Batch:
     return batch
 
 
-def _refuse(step: int, what: str, keys: list[str], is_finite: list[bool], ranks: Ranks) -> None:
+def _refuse(step: int, what: str, keys: list[str], is_finite: Sequence[bool], ranks: Ranks) -> NoReturn:
     """End all ranks with one message that names the volumes of the ranks that diverged."""
     held = ranks.gather_objects(keys)
     suspects = sorted({key for rank_keys, fine in zip(held, is_finite, strict=True) if not fine for key in rank_keys})
-    raise DivergedError(
-        f"step {step + 1}: {what} on volumes {', '.join(suspects)}; the last checkpoint is from before it: "
-        "lower optimizer.learning_rate, or set optimizer.clip_norm, in a new output folder"
+    ranks.fail(
+        DivergedError(
+            f"step {step + 1}: {what} on volumes {', '.join(suspects)}; the last checkpoint is from before it: "
+            "lower optimizer.learning_rate, or set optimizer.clip_norm, in a new output folder"
+        )
     )

@@ -1,7 +1,8 @@
 """A request to stop, made by a signal and heard by the training loop at the next step.
 
-SIGTERM and SIGUSR1 come from schedulers and launchers, SIGINT from a keyboard. The first one is only remembered; a second SIGINT
-ends the process at once. Installed before anything slow, so that a launcher that ends a group of ranks does not cut off a message.
+SIGTERM and SIGUSR1 come from schedulers and launchers, SIGINT from a keyboard. The first one is only remembered; a
+second SIGINT ends the process at once. Installed before anything slow, so that a launcher that ends a group of ranks
+does not cut off a message.
 """
 
 import signal

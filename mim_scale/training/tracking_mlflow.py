@@ -1,8 +1,8 @@
 """MLflow as a view of the journal; the one home of mlflow.
 
-A thread reads the journal and sends whole rows in batches, so what waits to be sent lies on disk and memory stays bounded however long
-MLflow is away. The run's id is kept in `mlflow_run.json`: a restarted training goes on in the same run, from the last step that MLflow
-has. Failures are counted and told once; they never reach the training.
+A thread reads the journal and sends whole rows in batches, so what waits to be sent lies on disk and memory stays
+bounded however long MLflow is away. The run's id is kept in `mlflow_run.json`: a restarted training goes on in the same
+run, from the last step that MLflow has. Failures are counted and told once; they never reach the training.
 """
 
 import json
@@ -163,16 +163,15 @@ class MlflowTracker:
         self._client = client
 
     def _find_or_make_run(self, client: "MlflowClient") -> str:
-        """The run of this folder. A key is written down before MLflow is asked, so a kill in between makes no second run."""
-        known = (
-            json.loads(self._run_file.read_bytes())
-            if self._run_file.is_file()
-            else {"key": uuid.uuid4().hex, "run_id": None}
-        )
+        """The run of this folder; its key is on disk before MLflow is asked, so no kill makes a second run."""
+        known: dict[str, Any] = {"key": uuid.uuid4().hex, "run_id": None}
+        if self._run_file.is_file():
+            known = json.loads(self._run_file.read_bytes())
         if known["run_id"] is None:
             write_file(self._run_file, json.dumps(known).encode())
-            known["run_id"] = self._search(client, known["key"]) or self._make(client, known["key"])
-            self._name_settings(client, known["run_id"])
+            run_id = self._search(client, known["key"]) or self._make(client, known["key"])
+            self._name_settings(client, run_id)
+            known["run_id"] = run_id
             write_file(self._run_file, json.dumps(known).encode())
         run_id = str(known["run_id"])
         client.update_run(run_id, status="RUNNING")

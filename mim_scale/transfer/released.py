@@ -1,6 +1,7 @@
-"""Names of the public MiM release's parameters, and ours: one to one, so weights can go either way without a copy of a layer.
+"""Names of the public MiM release's parameters, and ours: one to one, so that weights can go either way.
 
-Shapes are equal under both names. The release also stores its two fixed position tables; ours are computed, so they have no partner.
+Shapes are equal under both names. The release also stores its two fixed position tables; ours are computed, so they
+have no partner.
 """
 
 from collections.abc import Iterator

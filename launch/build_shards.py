@@ -1,0 +1,30 @@
+"""Build a store from a folder of CT on a Ray cluster, or on this machine; start it again to go on.
+
+One machine:        python launch/build_shards.py --config configs/build.yaml source=/data/ct store=/data/store
+A running cluster:  ray job submit --address http://HEAD:8265 --working-dir . -- \\
+                        python launch/build_shards.py --config configs/build.yaml source=/shared/ct store=/shared/store
+
+Source and store are paths that every node sees. Under `ray job submit` the cluster is joined through RAY_ADDRESS, which
+Ray sets; head, nodes and submitter need the same RAY_AUTH_MODE and RAY_AUTH_TOKEN_PATH.
+"""
+
+import argparse
+from pathlib import Path
+
+from data_pipeline.commands import build
+from mim_scale.config import BuildConfig
+from mim_scale.config_file import load_config
+from mim_scale.errors import exit_with
+
+
+def main() -> int:
+    """Read the config and its overrides, build, return the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/build.yaml is one to start from")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as source=/data/ct spacing=1.5")
+    options = parser.parse_args()
+    return build(load_config(BuildConfig, options.config, options.overrides))
+
+
+if __name__ == "__main__":
+    exit_with(main)

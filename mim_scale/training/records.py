@@ -1,0 +1,152 @@
+"""What rank 0 keeps of a run: lock, journal, checkpoints, tracker. On other ranks the same calls do nothing."""
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from torch import Tensor
+
+from mim_scale.config import PretrainConfig
+from mim_scale.config_file import config_values, digest_config
+from mim_scale.errors import CheckpointError, StoreError
+from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
+from mim_scale.training.journal import Journal
+from mim_scale.training.run_folder import (
+    CHECKPOINTS,
+    JOURNAL,
+    RunLock,
+    adopt_config,
+    config_of_record,
+    flatten,
+    refuse_other_run,
+)
+from mim_scale.training.tracking import NoTracker, Status, Tracker, open_tracker
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where a run is taken up; rank 0 finds it and tells the others."""
+
+    checkpoint: Checkpoint | None
+    held_out_step: int
+    """The last step with a held-out row; -1 for none."""
+
+    @property
+    def step(self) -> int:
+        """Updates made already."""
+        return 0 if self.checkpoint is None else self.checkpoint.step
+
+
+class Records:
+    """The run folder in the hands of rank 0.
+
+    Args:
+        config: The run's settings.
+        fingerprint: Of the dataset that it trains on.
+        world: Number of ranks, for the record.
+        is_kept_here: Whether this is rank 0.
+    """
+
+    def __init__(self, config: PretrainConfig, fingerprint: str, world: int, is_kept_here: bool) -> None:
+        self._config, self._fingerprint, self._world = config, fingerprint, world
+        self._is_kept_here = is_kept_here
+        self._output = Path(config.output)
+        self._checkpoints = CheckpointFolder(self._output / CHECKPOINTS, config.checkpoint.keep)
+        self._lock: RunLock | None = None
+        self._journal: Journal | None = None
+        self._tracker: Tracker = NoTracker()
+        self.status: Status = "FAILED"
+        """How the run ended, for the tracker; whoever ends it otherwise says so here."""
+
+    def take_up(self) -> StartingPoint:
+        """Take the folder, see that it is this run's, and find the newest whole checkpoint; rank 0 only.
+
+        Raises:
+            ConfigError: another run is alive in the folder, or the config differs in what changes results.
+            StoreError: the run was begun on another dataset.
+            CheckpointError: none of the checkpoints is whole.
+        """
+        self._lock = RunLock(self._output)
+        self._checkpoints.remove_leftovers()
+        checkpoint = self._checkpoints.newest(tell=print)
+        if checkpoint is not None:
+            where = str(checkpoint.path)
+            refuse_other_run(config_of_record(checkpoint.record, where), self._config, where)
+            self._refuse_other_store(checkpoint.record.get("fingerprint"))
+        adopt_config(self._config, self._output)
+        self._journal = Journal(self._output / JOURNAL)
+        if self._journal.first_start is not None:
+            self._refuse_other_store(self._journal.first_start.get("fingerprint"))
+        return StartingPoint(checkpoint, self._journal.last_held_out)
+
+    def begin(self, step: int) -> None:
+        """Note that a process took up the run, and let the tracker follow."""
+        if self._journal is None:
+            return
+        facts = {"fingerprint": self._fingerprint, "config_digest": digest_config(self._config), "world": self._world}
+        self._journal.write("start", step, time=time.time(), **facts)
+        self.follow()
+
+    def follow(self) -> None:
+        """Let the tracker bring over what it lacks of the journal."""
+        if self._journal is None:
+            return
+        self._tracker = open_tracker(self._config.tracking, self._output, self._journal.path)
+        tags = {
+            "fingerprint": self._fingerprint,
+            "config_digest": digest_config(self._config),
+            "world": str(self._world),
+        }
+        self._tracker.start(flatten(config_values(self._config)), tags)
+
+    def row(self, kind: str, step: int, **values: Any) -> None:
+        """Write a journal row; a step that has one already keeps it."""
+        if self._journal is not None:
+            self._journal.write(kind, step, time=time.time(), **values)
+
+    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+        """Publish a checkpoint of the state after `step` updates; rank 0 only.
+
+        Raises:
+            CheckpointError: the disk does not take it; the checkpoints before it are untouched.
+        """
+        if self._journal is None:
+            return
+        facts = {
+            "position": step * self._config.train.batch,
+            "config": config_values(self._config),
+            "config_digest": digest_config(self._config),
+            "fingerprint": self._fingerprint,
+            "world": self._world,
+        }
+        try:
+            self._journal.sync()
+            self._checkpoints.save(step, weights, moments, facts)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._checkpoints.path}: the checkpoint of step {step} was not saved: {error.strerror or error}; "
+                "make room, then start the same command again"
+            ) from None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None and issubclass(kind, KeyboardInterrupt):
+            self.status = "KILLED"
+        self._tracker.close(self.status)
+        if self._journal is not None:
+            self._journal.close()
+        if self._lock is not None:
+            self._lock.release()
+
+    def _refuse_other_store(self, begun_with: str | None) -> None:
+        if begun_with != self._fingerprint:
+            raise StoreError(
+                f"{self._config.data.store}: its fingerprint is {self._fingerprint[:16]}, the run in {self._output} was "
+                f"begun on {str(begun_with)[:16]}: other volumes mean another order; take that store, or another output"
+            )

@@ -1,0 +1,205 @@
+"""Hand over the encoder: one folder with its weights and what is needed to use them, without any training state.
+
+`model.safetensors` (fp32, by parameter name of HybridEncoder) and `config.json`, published whole. Anything that reads
+safetensors reads the weights; `load_encoder` builds the network and refuses weights that do not fit.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mim_scale.commit import publish_folder, sha256_file, temporary_beside, write_file
+from mim_scale.config import ModelConfig, PretrainConfig, Size3
+from mim_scale.config_file import check_config, config_values
+from mim_scale.errors import CheckpointError, ConfigError
+from mim_scale.models.hybrid import HybridEncoder
+from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+RECORD = "config.json"
+PREFIX = "encoder."
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported, and where to."""
+
+    folder: Path
+    checkpoint: Path
+    step: int
+    tensors: int
+    parameters: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.folder}: encoder of {self.checkpoint.name}, step {self.step}: {self.tensors} tensors, "
+            f"{self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+        )
+
+
+def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
+    """Write the encoder of a checkpoint, or of a run's newest whole one, to a folder; an earlier export is replaced.
+
+    Raises:
+        CheckpointError: there is no whole checkpoint, it does not fit its own config, or `folder` holds something else.
+    """
+    checkpoint = _find(run_or_checkpoint)
+    if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
+        raise CheckpointError(f"{folder}: is there already and is no export; name another folder")
+    config = _config_of(checkpoint)
+    encoder = HybridEncoder(config.model, config.plan.view, config.plan.token)
+    weights = {
+        name.removeprefix(PREFIX): tensor.contiguous()
+        for name, tensor in checkpoint.load()[0].items()
+        if name.startswith(PREFIX)
+    }
+    _fill(encoder, weights, checkpoint.path)
+    temporary = temporary_beside(folder)
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    save_file(weights, temporary / WEIGHTS)
+    record = _record(config, checkpoint, weights, sha256_file(temporary / WEIGHTS))
+    write_file(temporary / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+    publish_folder(temporary, folder)
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return ExportReport(
+        folder, checkpoint.path, checkpoint.step, len(weights), parameters, (folder / WEIGHTS).stat().st_size
+    )
+
+
+def load_encoder(path: str | Path) -> HybridEncoder:
+    """The encoder of an exported folder, in evaluation mode on the CPU; prints one line that says what was loaded.
+
+    It takes views [B, 1, Z, Y, X] of the size in its config.json, intensities scaled from `window_hu` to [0, 1], and
+    returns token features [B, tokens, width]; `features` gives the map of every stage.
+
+    Raises:
+        CheckpointError: no export is there, it is damaged, or a tensor is missing or of another shape.
+    """
+    folder = Path(path)
+    record = _read_record(folder)
+    try:
+        model = check_config(ModelConfig, record["model"], f"{folder / RECORD}: model")
+        encoder = HybridEncoder(model, _size(record["view"]), _size(record["token"]))
+        digest = record["files"][WEIGHTS]
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder / RECORD}: {error} is missing or not usable; export again") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+    unexpected = _fill(encoder, _read_weights(folder, digest), folder)
+    loaded = len(encoder.state_dict())
+    print(f"{folder}: {loaded} tensors loaded, 0 missing, {len(unexpected)} unexpected{_some(unexpected)}", flush=True)
+    return encoder.eval()
+
+
+def _find(path: Path) -> Checkpoint:
+    if (path / "run.json").is_file():
+        return read_checkpoint(path)
+    folder = path if path.name == "checkpoints" else path / "checkpoints"
+    checkpoint = CheckpointFolder(folder, keep=1).newest(print)
+    if checkpoint is None:
+        found = "no such folder" if not path.exists() else "holds no checkpoint"
+        raise CheckpointError(f"{path}: {found}; name a run folder (with checkpoints/ in it) or one checkpoint")
+    return checkpoint
+
+
+def _config_of(checkpoint: Checkpoint) -> PretrainConfig:
+    where = f"{checkpoint.path}: config in run.json"
+    try:
+        return check_config(PretrainConfig, checkpoint.record["config"], where)
+    except KeyError:
+        raise CheckpointError(f"{where} is missing") from None
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
+
+
+def _record(config: PretrainConfig, checkpoint: Checkpoint, weights: dict[str, Tensor], digest: str) -> dict[str, Any]:
+    values = config_values(config)
+    return {
+        "format_version": FORMAT_VERSION,
+        "architecture": config.model.backbone,
+        "model": values["model"],
+        "view": values["plan"]["view"],
+        "token": values["plan"]["token"],
+        "axes": "view, token and arrays are (z, y, x): z towards Superior, y towards Anterior, x towards Right",
+        "window_hu": values["data"]["window_hu"],
+        "intensity": "HU clipped to window_hu, then scaled to [0, 1]",
+        "spacing": "that of the stored volumes; level 1 shows all of plan.box resized to view, deeper levels less",
+        "pretraining": {
+            "method": config.method,
+            "step": checkpoint.step,
+            "dataset_fingerprint": checkpoint.record.get("fingerprint"),
+            "plan": values["plan"],
+            "loss": values["loss"],
+        },
+        "parameters": {name: list(tensor.shape) for name, tensor in sorted(weights.items())},
+        "files": {WEIGHTS: digest},
+    }
+
+
+def _read_record(folder: Path) -> dict[str, Any]:
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder; name what `mim-scale export` wrote")
+    try:
+        record: Any = json.loads((folder / RECORD).read_bytes())
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {RECORD}: it is no export; make one with `mim-scale export`") from None
+    except (ValueError, OSError):
+        raise CheckpointError(f"{folder / RECORD}: is unreadable; export again") from None
+    if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
+        version = record.get("format_version") if isinstance(record, dict) else None
+        raise CheckpointError(f"{folder / RECORD}: format version {version}, this program reads {FORMAT_VERSION}")
+    return record
+
+
+def _read_weights(folder: Path, digest: str) -> dict[str, Tensor]:
+    path = folder / WEIGHTS
+    if not path.is_file():
+        raise CheckpointError(f"{folder}: {WEIGHTS} is missing; export again")
+    if sha256_file(path) != digest:
+        raise CheckpointError(f"{path}: does not have the hash that {RECORD} names: it is damaged; export again")
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+        return weights
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: is unreadable: {' '.join(str(error).split())}") from None
+
+
+@torch.no_grad()
+def _fill(encoder: HybridEncoder, weights: dict[str, Tensor], where: Path) -> list[str]:
+    """Give the encoder its weights; returns the names that it does not have.
+
+    Raises:
+        CheckpointError: a tensor is missing or of another shape.
+    """
+    expected = encoder.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    if missing:
+        raise CheckpointError(
+            f"{where}: {len(missing)} of {len(expected)} tensors of the encoder are missing{_some(missing)}"
+        )
+    for name, tensor in expected.items():
+        if weights[name].shape != tensor.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {list(weights[name].shape)}, the encoder's is {list(tensor.shape)}"
+            )
+    encoder.load_state_dict({name: weights[name] for name in expected})
+    return sorted(weights.keys() - expected.keys())
+
+
+def _size(values: Any) -> Size3:
+    z, y, x = (int(value) for value in values)
+    return (z, y, x)
+
+
+def _some(names: list[str]) -> str:
+    return f" ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})" if names else ""

@@ -1,0 +1,149 @@
+"""Every accepted format, lying in every way, is stored as SimpleITK reads it, voxel for voxel."""
+
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pydicom
+import pytest
+import SimpleITK as sitk
+
+from data_pipeline.canonical import canonical
+from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.read import read_source
+from tests.pipeline.sources import (
+    Series,
+    only_source,
+    oracle,
+    phantom,
+    slice_position,
+    write_image,
+    write_series,
+)
+
+SUFFIXES = ("nii", "nii.gz", "nrrd", "nhdr", "mha", "mhd")
+ORIENTATIONS = {
+    "axial": (1, 0, 0, 0, 1, 0),
+    "axial, feet first": (-1, 0, 0, 0, 1, 0),
+    "coronal": (1, 0, 0, 0, 0, -1),
+    "sagittal": (0, 1, 0, 0, 0, -1),
+    "oblique": (0.8, 0.6, 0, -0.36, 0.48, 0.8),
+}
+
+
+def _assert_as_oracle(root: Path, paths: list[Path]) -> tuple[str, ...]:
+    volume, repairs = canonical(read_source(root, only_source(root)))
+    voxels, affine = oracle(paths)
+    np.testing.assert_array_equal(volume.voxels, voxels)
+    np.testing.assert_allclose(volume.affine, affine, atol=1e-3)
+    np.testing.assert_allclose(volume.spacing_mm, np.linalg.norm(affine[:3, :3], axis=0)[::-1], rtol=1e-5)
+    return repairs
+
+
+@pytest.mark.parametrize("axes", ["LPS", "RAS", "LAS", "PIR", "SAL"])
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_files_in_every_orientation(tmp_path: Path, suffix: str, axes: str) -> None:
+    path = write_image(tmp_path / f"scan.{suffix}", phantom(), axes)
+    repairs = _assert_as_oracle(tmp_path, [path])
+    assert ("reoriented" in repairs) == (axes != "RAS")
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_oblique_files_keep_their_tilt(tmp_path: Path, suffix: str) -> None:
+    path = write_image(tmp_path / f"scan.{suffix}", phantom(), degrees=(12, -7, 20))
+    _assert_as_oracle(tmp_path, [path])
+
+
+@pytest.mark.parametrize("suffix", ["nii.gz", "nrrd", "mha"])
+@pytest.mark.parametrize("dtype", ["int16", "int32", "float32", "float64"])
+def test_number_types(tmp_path: Path, suffix: str, dtype: str) -> None:
+    voxels = phantom().astype(dtype)
+    voxels[1, 1, 1] = -3024
+    if voxels.dtype.kind == "f":
+        voxels[2, 2, 2] = 100.4
+    path = write_image(tmp_path / f"scan.{suffix}", voxels)
+    repairs = _assert_as_oracle(tmp_path, [path])
+    assert "padding_mapped" in repairs
+    assert ("rounded" in repairs) == (voxels.dtype.kind == "f")
+
+
+def test_nifti_slope_and_intercept_are_applied(tmp_path: Path) -> None:
+    image = nib.Nifti1Image(phantom().transpose(2, 1, 0), np.diag([-0.8, -0.9, 2.5, 1.0]))
+    image.header.set_data_dtype(np.uint16)
+    image.header.set_slope_inter(1.0, -1024.0)
+    nib.save(image, tmp_path / "scan.nii")
+    assert nib.load(tmp_path / "scan.nii").dataobj.inter == -1024
+    _assert_as_oracle(tmp_path, [tmp_path / "scan.nii"])
+    np.testing.assert_array_equal(oracle([tmp_path / "scan.nii"])[0], phantom()[:, ::-1, ::-1])
+
+
+@pytest.mark.parametrize("orientation", ORIENTATIONS.values(), ids=ORIENTATIONS)
+def test_dicom_in_every_orientation(tmp_path: Path, orientation: tuple[float, ...]) -> None:
+    paths = write_series(tmp_path, Series(phantom(), orientation))
+    _assert_as_oracle(tmp_path, paths)
+
+
+def test_dicom_slices_are_ordered_by_position_not_by_name_or_number(tmp_path: Path) -> None:
+    voxels = phantom()
+    paths = write_series(tmp_path, Series(voxels))
+    assert sorted(paths) != paths
+    scan = read_source(tmp_path, only_source(tmp_path))
+    np.testing.assert_array_equal(scan.voxels.transpose(2, 1, 0), voxels)
+    np.testing.assert_allclose(
+        (LPS := np.diag([-1, -1, 1, 1])) @ scan.affine[:, 3], [*slice_position(Series(voxels), 0), 1]
+    )
+    assert LPS.shape == (4, 4)
+
+
+def test_dicom_rescale_and_padding(tmp_path: Path) -> None:
+    voxels = phantom()
+    voxels[:, :2] = -2000
+    series = Series(voxels, intercept=0, tags={"PixelPaddingValue": -2000})
+    paths = write_series(tmp_path, series)
+    assert "padding_mapped" in _assert_as_oracle(tmp_path, paths)
+
+
+def test_dicom_slope_other_than_one(tmp_path: Path) -> None:
+    paths = write_series(tmp_path, Series(phantom(), slope=0.5))
+    assert "rescaled" in _assert_as_oracle(tmp_path, paths)
+
+
+def test_padding_value_that_also_is_tissue_is_left_alone(tmp_path: Path) -> None:
+    """Padding 40 HU would punch holes into every muscle."""
+    voxels = phantom()
+    voxels[5, 5, 5] = 40
+    write_series(tmp_path, Series(voxels, intercept=0, tags={"PixelPaddingValue": 40}))
+    scan = read_source(tmp_path, only_source(tmp_path))
+    np.testing.assert_array_equal(scan.voxels.transpose(2, 1, 0), voxels)
+    assert "padding_ambiguous" in scan.repairs
+
+
+@pytest.mark.parametrize("syntax", ["JPEG2000Lossless", "RLELossless", "JPEGLSLossless"])
+def test_compressed_dicom(tmp_path: Path, syntax: str) -> None:
+    paths = write_series(tmp_path, Series(phantom(), tags={"BitsStored": 16}))
+    for path in paths:
+        file = pydicom.dcmread(path)
+        file.compress(getattr(pydicom.uid, syntax))
+        file.save_as(path, enforce_file_format=True)
+    _assert_as_oracle(tmp_path, paths)
+
+
+def test_dicom_without_preamble_and_without_identity(tmp_path: Path) -> None:
+    """Two badly anonymised series in two folders stay two."""
+    for seed, name in enumerate(("a", "b")):
+        series = Series(phantom(seed), tags={"SeriesInstanceUID": "", "StudyInstanceUID": "", "PatientID": ""})
+        for path in write_series(tmp_path / name, series):
+            file = pydicom.dcmread(path)
+            del file.file_meta
+            file.preamble = None
+            file.save_as(path, implicit_vr=True, little_endian=True)
+    sources = find_sources(tmp_path).sources
+    assert [len(source.files) for source in sources] == [len(phantom())] * 2
+    for seed, source in enumerate(sources):
+        np.testing.assert_array_equal(read_source(tmp_path, source).voxels.transpose(2, 1, 0), phantom(seed))
+
+
+def test_detached_data_belongs_to_its_header(tmp_path: Path) -> None:
+    write_image(tmp_path / "scan.mhd", phantom())
+    assert len(only_source(tmp_path).files) == 2
+    assert sitk.ReadImage(str(tmp_path / "scan.mhd")).GetSize()[::-1] == phantom().shape
