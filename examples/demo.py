@@ -2,8 +2,8 @@
 
     .venv/bin/python examples/demo.py [key=value ...]
 
-Each step prints its command first. Interrupt it whenever you like: started again, every step goes on from where it was or says that
-it is done. Overrides (for example train.steps=40) go to the training.
+Each step prints its command first. Interrupt it whenever you like: started again, every step goes on from where it
+was or says that it is done. Overrides (for example train.steps=40) go to the training.
 """
 
 import json
@@ -92,9 +92,8 @@ def report(console: Console, config: PretrainConfig, encoder: Path, seconds: lis
     for level in range(1, len(config.plan.levels) + 1):
         loss, trivial = held_out.get(f"level_{level}"), held_out.get(f"trivial_{level}")
         if loss is not None and trivial is not None:
-            console.print(
-                f"held-out loss, level {level}: {loss:.5f}; trivial predictor: {trivial:.5f}; ratio {loss / trivial:.2f}"
-            )
+            share = f"ratio {loss / trivial:.2f}"
+            console.print(f"held-out loss, level {level}: {loss:.5f}; trivial predictor: {trivial:.5f}; {share}")
     console.rule("[bold]Your own data", align="left")
     for command in (
         "mim-scale data build /path/to/your/ct stores/mine",

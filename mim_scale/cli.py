@@ -1,4 +1,4 @@
-"""`mim-scale`: the verbs a user types. Every heavy import waits until its verb is called, so `--help` answers at once."""
+"""`mim-scale`: the verbs a user types. Every heavy import waits for its verb, so `--help` answers at once."""
 
 import argparse
 import importlib

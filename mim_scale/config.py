@@ -1,7 +1,7 @@
 """Every setting of a run, as one frozen, typed tree.
 
-What changes results has no default: it is written in the YAML. Relations that cannot hold are refused here, once; code below trusts
-the values. Axes are (z, y, x) everywhere; a single integer means the same on every axis.
+What changes results has no default: it is written in the YAML. Relations that cannot hold are refused here, once; code
+below trusts the values. Axes are (z, y, x) everywhere; a single integer means the same on every axis.
 """
 
 import math
@@ -72,7 +72,7 @@ class LevelConfig(Section):
     hidden_ratio: Ratio
     """Share of the level's cells that are hidden; the count is rounded to whole cells."""
     cells: Size | None = None
-    """Mask units per axis of a view; none means one token each. A child view is cut from one hidden cell of its parent."""
+    """Mask units per axis of a view; none means one token each. A child view shows one hidden cell of its parent."""
     views: Positive = 1
     """Views per parent view; at the first level, per sample."""
 
@@ -153,8 +153,8 @@ class PlanConfig(Section):
             views = self.levels[level + 1].views
             if views > hidden:
                 raise ValueError(
-                    f"levels[{level + 1}].views is {views}, but levels[{level}] hides only {hidden} of its {count} cells "
-                    "and each child is cut from a different hidden cell: lower views or raise hidden_ratio"
+                    f"levels[{level + 1}].views is {views}, but levels[{level}] hides only {hidden} of its {count} "
+                    "cells and each child is cut from a different hidden cell: lower views or raise hidden_ratio"
                 )
             _check_divides(f"levels[{level}] region", self.region(level), f"levels[{level}].cells", cells)
 
@@ -184,8 +184,8 @@ class ModelConfig(Section):
     def _check(self) -> Self:
         if len(self.blocks) != len(self.widths) - 1:
             raise ValueError(
-                f"blocks has {len(self.blocks)} numbers and widths {len(self.widths)}: give one block count for each "
-                "convolution stage, that is one fewer than widths"
+                f"blocks has {len(self.blocks)} numbers and widths {len(self.widths)}: "
+                "give one block count for each convolution stage, that is one fewer than widths"
             )
         for name, width, heads in (
             ("widths[-1]", self.widths[-1], self.heads),
@@ -299,8 +299,9 @@ class PretrainConfig(Section):
         stride = 2 ** len(self.model.widths)
         if any(size != stride for size in self.plan.token):
             raise ValueError(
-                f"plan.token {list(self.plan.token)} does not fit model.widths: {len(self.model.widths)} widths halve the "
-                f"grid to tokens of {stride} voxels; take token {stride}, or {int(math.log2(self.plan.token[0]))} widths"
+                f"plan.token {list(self.plan.token)} does not fit model.widths: {len(self.model.widths)} widths "
+                f"make tokens of {stride} voxels; take token {stride}, "
+                f"or {int(math.log2(self.plan.token[0]))} widths"
             )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(

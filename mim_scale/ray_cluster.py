@@ -1,7 +1,7 @@
 """One Ray cluster for the life of a `with`: the user's own where RAY_ADDRESS names it, else one of ours on loopback.
 
-A cluster that we start is authenticated by a random token in a private file, and only a cluster that we started is ended. Every
-other module takes `ray` from here: Ray reads these settings once, when it is imported, so they must be set before.
+A cluster that we start is authenticated by a random token in a private file, and only a cluster that we started is
+ended. Every other module takes `ray` from here: Ray reads these settings once, when imported; they must be set before.
 """
 
 import atexit
@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mim_scale.errors import ClusterError
-
 
 KNOCK_LIMIT_S = 10.0
 """How long the head named by RAY_ADDRESS may take to answer at all."""
@@ -82,7 +81,7 @@ def _join(address: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """Raise ConnectionError unless something that speaks gRPC answers: Ray itself would try for minutes, then end the process."""
+    """Raise ConnectionError unless something that speaks gRPC answers; Ray would try for minutes and then exit."""
     host, _, port = address.rpartition(":")
     if "://" in address or not port.isdigit():
         return  # `auto` and addresses of other kinds are Ray's to resolve, which it does fast

@@ -14,8 +14,8 @@ from data_pipeline.reasons import Reason, Rejected
 _SAME_DIRECTION = 1e-3
 """Largest difference of direction cosines within one stack."""
 _SAME_POSITION_MM = 1e-3
-_ROUNDING_MM = 0.051
-"""Positions are often written with one decimal."""
+_ROUNDING_MM = 0.101
+"""Positions are often written with one decimal: two of them can be off by this together."""
 _UNEVEN_SHARE = 0.05
 """Of a step: how far a slice may lie from its place on the even grid."""
 _DRIFT_PIXELS = 0.5
@@ -105,10 +105,7 @@ def _findings(along: NDArray[np.float64], corners: NDArray[np.float64], first: S
     if np.abs(along - even).max() > max(_UNEVEN_SHARE * step, _ROUNDING_MM):
         smallest = float(steps.min())
         whole = np.rint(steps / smallest)
-        if (
-            np.abs(steps - whole * smallest).max() <= max(_UNEVEN_SHARE * smallest, 2 * _ROUNDING_MM)
-            and whole.max() > 1
-        ):
+        if np.abs(steps - whole * smallest).max() <= max(_UNEVEN_SHARE * smallest, _ROUNDING_MM) and whole.max() > 1:
             missing = int((whole - 1).sum())
             findings.append(
                 (Reason.MISSING_SLICES, f"{missing} of {len(along) + missing} slices missing by their positions")

@@ -6,6 +6,7 @@ never half.
 
 import hashlib
 import json
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -87,14 +88,26 @@ def commit_dataset(
         "build_config": build_config_values,
         "build_config_digest": _digest(build_config_values),
     }
+    _settle(path, tuple(tables))
     for name, data in tables.items():
         write_file(path / (name + PENDING), data)
     write_file(path / RECORD, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
     # From here on the new dataset stands: until these names are in place, readers find the tables by their hash.
-    for name in tables:
-        (path / (name + PENDING)).replace(path / name)
-    sync_folder(path)
+    _settle(path, tuple(tables))
     return str(record["fingerprint"])
+
+
+def _settle(path: Path, names: tuple[str, ...]) -> None:
+    """Give the tables that the record names their final names: the last act of a commit, or of one that was killed."""
+    try:
+        record = read_record(path)
+    except StoreError:
+        return
+    for name in names:
+        pending = path / (name + PENDING)
+        if pending.is_file() and sha256_file(pending) == record["files"].get(name):
+            os.replace(pending, path / name)
+    sync_folder(path)
 
 
 class Dataset:

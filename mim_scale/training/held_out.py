@@ -12,15 +12,21 @@ import torch
 from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
+from mim_scale.methods.mask_in_mask import LevelPreview
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.manifest import Row
 from mim_scale.streaming.device import TensorBatch, to_device
 from mim_scale.streaming.stream import open_stream
 from mim_scale.training.ranks import Ranks
 
+NUM_PREVIEWS = 3
+"""Held-out volumes that are drawn at the end of a run."""
+
 
 class _Method(Protocol):
     def trivial(self, batch: TensorBatch) -> dict[str, Tensor]: ...
+
+    def preview(self, batch: TensorBatch) -> list[LevelPreview]: ...
 
 
 class HeldOut:
@@ -57,9 +63,24 @@ class HeldOut:
             module.train()
         return {**losses, **self._trivial}
 
+    def previews(self, module: nn.Module) -> list[tuple[str, list[LevelPreview]]]:
+        """The first held-out sample of each of the first volumes met, as (volume key, levels); all ranks call it."""
+        if not self._rows:
+            return []
+        drawn: dict[str, list[LevelPreview]] = {}
+        with open_stream(self._config, self._dataset, self._rows, held_out=True) as stream:
+            for batch in stream.batches(range(n, n + 1) for n in range(self._config.held_out.samples)):
+                if batch.keys[0] not in drawn:
+                    drawn[batch.keys[0]] = cast(_Method, module).preview(to_device(batch, self._ranks.device))
+                if len(drawn) == NUM_PREVIEWS:
+                    break
+        return list(drawn.items())
+
     def _mean(self, compute: Callable[[TensorBatch], dict[str, Tensor]]) -> dict[str, float]:
         ranks = self._ranks
-        own = self._chunks[ranks.rank :: ranks.world]
+        # Equal turns on every rank, the odd one's result unused: at ZeRO stage 3 ranks must compute side by side.
+        turns = range(ranks.rank, math.ceil(len(self._chunks) / ranks.world) * ranks.world, ranks.world)
+        own = [self._chunks[turn % len(self._chunks)] for turn in turns]
         sums: list[dict[str, float]] = []
 
         def work() -> None:

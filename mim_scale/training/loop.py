@@ -118,6 +118,9 @@ def _train(run: _Run, start: StartingPoint) -> int:
             done = step + 1
             if not metrics.is_stop_asked or done == train.steps:
                 _measure(run, done)
+            if done == train.steps:
+                # Before the last save: a run whose last checkpoint stands has its pictures too.
+                run.records.draw(run.held_out.previews(run.engine.module))
             if metrics.is_stop_asked or done % run.config.checkpoint.every == 0 or done == train.steps:
                 _save(run, done)
             if metrics.is_stop_asked and done < train.steps:
@@ -166,7 +169,11 @@ def _measure(run: _Run, step: int) -> None:
         return
     values = run.held_out.measure(run.engine.module)
     run.records.row("held_out", step, held_out=values)
-    run.progress.say(f"step {step}: held-out loss {values['loss']:.4f}")
+    levels = range(1, len(run.config.plan.levels) + 1)
+    shares = ", ".join(f"{values[f'level_{n}'] / values[f'trivial_{n}']:.2f}" for n in levels)
+    run.progress.say(
+        f"step {step}: held-out loss {values['loss']:.4f}; levels as shares of the trivial predictor's: {shares}"
+    )
 
 
 def _save(run: _Run, step: int) -> None:

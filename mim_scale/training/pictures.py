@@ -1,4 +1,4 @@
-"""What people would rather look at than read: reconstructions at each level, and the loss beside the trivial predictor's."""
+"""What people would rather look at than read: reconstructions at each level, the loss beside the trivial one."""
 
 import io
 import json
@@ -25,15 +25,18 @@ def read_rows(journal: Path) -> list[dict[str, Any]]:
 
 
 def draw_reconstruction(levels: Sequence[LevelPreview], title: str, path: Path) -> None:
-    """Write a PNG with one row a level: input, masked input, reconstruction, error, in the middle axial slice of the first view."""
+    """Write a PNG with one row a level: input, masked input, reconstruction, error.
+
+    Drawn is the axial slice with the most hidden voxels of the level's view with the most contrast.
+    """
     figure = Figure(figsize=(11, 2.9 * len(levels) + 0.6), dpi=110, layout="constrained")
     axes = np.atleast_2d(figure.subplots(len(levels), len(COLUMNS)))
     for row, level in enumerate(levels):
-        slice_z = _slice_with_most_hidden(level.hidden[0])
-        image, masked = level.input[0][slice_z], level.masked[0][slice_z]
-        reconstruction = level.reconstruction[0][slice_z]
+        view = int(np.argmax(level.input.std(axis=(1, 2, 3))))
+        place = (view, _slice_with_most_hidden(level.hidden[view]))
+        image, reconstruction = level.input[place], level.reconstruction[place]
         _draw(axes[row, 0], image)
-        _draw(axes[row, 1], np.ma.masked_array(masked, mask=level.hidden[0][slice_z]))
+        _draw(axes[row, 1], np.ma.masked_array(level.masked[place], mask=level.hidden[place]))
         _draw(axes[row, 2], reconstruction)
         error = axes[row, 3].imshow(_upright(np.abs(reconstruction - image)), cmap="magma", vmin=0, vmax=ERROR_RANGE)
         figure.colorbar(error, ax=axes[row, 3], shrink=0.85)
@@ -48,7 +51,7 @@ def draw_reconstruction(levels: Sequence[LevelPreview], title: str, path: Path) 
 
 
 def draw_loss_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of each level's training and held-out loss over the steps, with the trivial predictor's held-out loss beside it."""
+    """Write a PNG of each level's losses over the steps: training, held out, and the trivial predictor's held out."""
     names = sorted({name for row in rows for name in row.get("parts", {}) if name.startswith("level_")})
     figure = Figure(figsize=(4.2 * max(1, len(names)), 3.6), dpi=110, layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, max(1, len(names))))
@@ -83,7 +86,7 @@ def _draw(axis: Any, image: NDArray[Any]) -> None:
 
 
 def _upright(image: NDArray[Any]) -> NDArray[Any]:
-    """An axial slice (y towards Anterior, x towards Right) as radiologists hang it: front up, patient's right on the left."""
+    """An axial slice (y to Anterior, x to Right) as radiologists hang it: front up, the patient's right on the left."""
     return image[::-1, ::-1]
 
 

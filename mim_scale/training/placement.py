@@ -6,7 +6,8 @@ SLURM_LOCALID, from which the rest is derived. A process that nobody started in 
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mim_scale.errors import ClusterError
@@ -57,15 +58,26 @@ def read_placement(environment: Mapping[str, str]) -> Placement:
     return Placement(0, 1, 0, "127.0.0.1", 0)
 
 
-def export_placement(placement: Placement) -> None:
-    """Set the five variables that libraries read, so that all of them see the same placement."""
-    os.environ.update(
-        RANK=str(placement.rank),
-        WORLD_SIZE=str(placement.world),
-        LOCAL_RANK=str(placement.local_rank),
-        MASTER_ADDR=placement.address,
-        MASTER_PORT=str(placement.port),
-    )
+@contextmanager
+def exported(placement: Placement) -> Iterator[None]:
+    """Set the five variables that libraries read, so that all of them see the same placement; put back at the end."""
+    variables = {
+        "RANK": str(placement.rank),
+        "WORLD_SIZE": str(placement.world),
+        "LOCAL_RANK": str(placement.local_rank),
+        "MASTER_ADDR": placement.address,
+        "MASTER_PORT": str(placement.port),
+    }
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _checked(placement: Placement) -> Placement:

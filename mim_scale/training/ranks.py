@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
 from mim_scale.errors import ClusterError, MimScaleError
-from mim_scale.training.placement import Placement, export_placement
+from mim_scale.training.placement import Placement, exported
 
 T = TypeVar("T")
 
@@ -133,29 +133,33 @@ def joined(placement: Placement) -> Iterator[Ranks]:
     Raises:
         ClusterError: the others did not come, or went away during the work.
     """
-    export_placement(placement)
     device = _device(placement)
-    _make_deterministic(device)
+    with exported(placement), _deterministic(device):
+        _meet(placement, device)
+        try:
+            yield Ranks(placement.rank, placement.world, placement.local_rank, device)
+        except RuntimeError as error:
+            if placement.world > 1 and is_lost_peer(error):
+                raise _lost_peer(placement.rank, error) from None
+            raise
+        finally:
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def _meet(placement: Placement, device: torch.device) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     try:
         if placement.world == 1:
-            dist.init_process_group(_backend(device), store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
         else:
-            dist.init_process_group(_backend(device), init_method="env://", timeout=TIMEOUT)
+            dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ClusterError(
             f"rank {placement.rank} of {placement.world} did not meet the others at "
-            f"{placement.address}:{placement.port} "
-            f"from {socket.gethostname()}: {_short(error)}; check that all ranks started and that the port is open"
+            f"{placement.address}:{placement.port} from {socket.gethostname()}: {_short(error)}; "
+            "check that all ranks started and that the port is open"
         ) from None
-    try:
-        yield Ranks(placement.rank, placement.world, placement.local_rank, device)
-    except RuntimeError as error:
-        if placement.world > 1 and is_lost_peer(error):
-            raise _lost_peer(placement.rank, error) from None
-        raise
-    finally:
-        with contextlib.suppress(RuntimeError):
-            dist.destroy_process_group()
 
 
 def is_lost_peer(error: BaseException) -> bool:
@@ -196,18 +200,22 @@ def _device(placement: Placement) -> torch.device:
     return device
 
 
-def _backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-
-
-def _make_deterministic(device: torch.device) -> None:
+@contextlib.contextmanager
+def _deterministic(device: torch.device) -> Iterator[None]:
     """On a CPU: one thread a rank unless OMP_NUM_THREADS is set, and only algorithms that repeat bit by bit."""
     if device.type != "cpu":
+        yield
         return
+    threads, before = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        torch.set_num_threads(threads)
 
 
 def _short(error: BaseException) -> str:

@@ -1,6 +1,7 @@
 """What rank 0 keeps of a run: lock, journal, checkpoints, tracker. On other ranks the same calls do nothing."""
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,11 +12,13 @@ from torch import Tensor
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import config_values, digest_config
 from mim_scale.errors import CheckpointError, StoreError
+from mim_scale.methods.mask_in_mask import LevelPreview
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
 from mim_scale.training.journal import Journal
 from mim_scale.training.run_folder import (
     CHECKPOINTS,
     JOURNAL,
+    PICTURES,
     RunLock,
     adopt_config,
     config_of_record,
@@ -130,6 +133,19 @@ class Records:
                 "make room, then start the same command again"
             ) from None
 
+    def draw(self, previews: Sequence[tuple[str, list[LevelPreview]]]) -> None:
+        """Write the reconstructions of (volume key, levels) and the loss curve into `pictures/`; rank 0 only."""
+        if self._journal is None:
+            return
+        from mim_scale.training.pictures import draw_loss_curve, draw_reconstruction, read_rows
+
+        folder = self._output / PICTURES
+        for number, (key, levels) in enumerate(previews, start=1):
+            draw_reconstruction(levels, f"held-out volume {key}", folder / f"reconstruction_{number}.png")
+        draw_loss_curve(read_rows(self._journal.path), folder / "loss.png")
+        for path in sorted(folder.glob("*.png")):
+            self._tracker.image(path)
+
     def __enter__(self) -> Self:
         return self
 
@@ -147,6 +163,6 @@ class Records:
     def _refuse_other_store(self, begun_with: str | None) -> None:
         if begun_with != self._fingerprint:
             raise StoreError(
-                f"{self._config.data.store}: its fingerprint is {self._fingerprint[:16]}, the run in {self._output} was "
-                f"begun on {str(begun_with)[:16]}: other volumes mean another order; take that store, or another output"
+                f"{self._config.data.store}: its fingerprint is {self._fingerprint[:16]}, the run in {self._output} "
+                f"was begun on {str(begun_with)[:16]}: other volumes mean another order; take that store, or a new output"
             )

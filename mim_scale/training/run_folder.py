@@ -15,6 +15,7 @@ from mim_scale.errors import CheckpointError, ConfigError
 CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
+PICTURES = "pictures"
 LOCK = "run.lock"
 
 MAY_CHANGE = (

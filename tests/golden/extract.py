@@ -1,8 +1,8 @@
 """Make the small golden files from the large ones: python tests/golden/extract.py FOLDER_OF_THE_REFERENCE_NUMBERS
 
 The reference numbers were made by running the network of the public MiM release (git 7913038, float32, one thread).
-What is kept: for every array at most MAX_VALUES values, evenly spaced, beside shape, sum and sum of absolute values over
-all of it; losses; the masks; sum, absolute sum and norm of every parameter's gradient; names and shapes of all
+What is kept: for every array at most MAX_VALUES values, evenly spaced, beside shape, sum and sum of absolute values
+over all of it; losses; the masks; sum, absolute sum and norm of every parameter's gradient; names and shapes of all
 parameters. Weights and inputs are made anew from names (tests/golden_numbers.py).
 """
 

@@ -111,8 +111,10 @@ def test_every_gradient_is_golden(size: str, count: int) -> None:
         assert gradient is not None
         assert golden.error(f"grad.{name}", gradient) < TOLERANCE, name
     for name, (total, absolute, norm) in golden.about.get("gradients", {}).items():
-        gradient = parameters[ours[name]].grad
-        assert gradient is not None, name
+        stored_as = parameters[ours[name]].grad
+        assert stored_as is not None, name
+        # Summed in float64: a float32 norm of half a million numbers is itself off by the tolerance.
+        gradient = stored_as.double()
         assert abs(float(gradient.sum()) - total) < TOLERANCE * absolute, name
         assert float(gradient.abs().sum()) == pytest.approx(absolute, rel=TOLERANCE), name
         assert float(gradient.norm()) == pytest.approx(norm, rel=TOLERANCE), name

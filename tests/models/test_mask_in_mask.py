@@ -68,6 +68,7 @@ def test_alignment_sends_no_gradient_into_the_parent(kind: str) -> None:
     assert all(parameter.grad is not None for parameter in alignment.parameters())
 
 
+@torch.no_grad()
 def test_alignment_pairs_a_child_with_the_cell_it_was_cut_from() -> None:
     config = small_config()
     batch = small_batch(config, 2)

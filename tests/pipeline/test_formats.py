@@ -68,8 +68,8 @@ def test_number_types(tmp_path: Path, suffix: str, dtype: str) -> None:
 
 
 def test_nifti_slope_and_intercept_are_applied(tmp_path: Path) -> None:
-    image = nib.Nifti1Image(phantom().transpose(2, 1, 0), np.diag([-0.8, -0.9, 2.5, 1.0]))
-    image.header.set_data_dtype(np.uint16)
+    stored = (phantom().transpose(2, 1, 0) + 1024).astype(np.uint16)
+    image = nib.Nifti1Image(stored, np.diag([-0.8, -0.9, 2.5, 1.0]))
     image.header.set_slope_inter(1.0, -1024.0)
     nib.save(image, tmp_path / "scan.nii")
     assert nib.load(tmp_path / "scan.nii").dataobj.inter == -1024
@@ -120,7 +120,7 @@ def test_padding_value_that_also_is_tissue_is_left_alone(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("syntax", ["JPEG2000Lossless", "RLELossless", "JPEGLSLossless"])
 def test_compressed_dicom(tmp_path: Path, syntax: str) -> None:
-    paths = write_series(tmp_path, Series(phantom(), tags={"BitsStored": 16}))
+    paths = write_series(tmp_path, Series(phantom(shape=(4, 64, 64))))
     for path in paths:
         file = pydicom.dcmread(path)
         file.compress(getattr(pydicom.uid, syntax))

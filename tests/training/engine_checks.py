@@ -84,7 +84,7 @@ def check(engine: str, ranks: Ranks, reference: list[list[float]] | None, **trai
         "round_trip": max(largest(loaded[0], weights), largest(loaded[1], moments)) if first else 0.0,
         "resumed_trace": relative(resumed, trace[3:]),
         "resumed_state": max(largest(end_again[0], end[0]), largest(end_again[1], end[1])),
-        "decays": sorted(name for name in weights),
+        "names": sorted(weights),
     }
 
 

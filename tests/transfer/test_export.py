@@ -34,7 +34,7 @@ def trained(step: int) -> MaskInMask:
     method = MaskInMask(small_config())
     with torch.no_grad():
         for parameter in method.parameters():
-            parameter += 0.01 * step
+            parameter.add_(0.01 * step)
     return method
 
 

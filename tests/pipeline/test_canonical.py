@@ -1,0 +1,108 @@
+"""The store's conventions, as properties: how a file lays out its axes never changes the volume."""
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline.canonical import canonical, resample
+from data_pipeline.reasons import Rejected
+from data_pipeline.screen import screen
+from data_pipeline.sources.source import Scan
+from mim_scale.store.volume import AIR_HU, Volume, content_hash
+from tests.pipeline.sources import phantom, rotation
+from tests.synthetic import make_volume
+
+PERMUTATIONS = list(itertools.permutations(range(3)))
+
+
+def _relaid(volume: Volume, axes: tuple[int, ...], flips: tuple[bool, ...]) -> Scan:
+    """The same volume as a file with other axes would hold it."""
+    voxels, affine = volume.voxels.transpose(2, 1, 0).transpose(axes), volume.affine.copy()
+    affine[:, :3] = volume.affine[:, list(axes)]
+    for axis, flip in enumerate(flips):
+        if flip:
+            affine[:3, 3] += affine[:3, axis] * (voxels.shape[axis] - 1)
+            affine[:3, axis] *= -1
+            voxels = np.flip(voxels, axis)
+    return Scan(voxels, affine)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    axes=st.sampled_from(PERMUTATIONS),
+    flips=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    degrees=st.tuples(*[st.floats(-30, 30)] * 3),
+)
+def test_layout_of_the_axes_does_not_matter(
+    axes: tuple[int, ...], flips: tuple[bool, ...], degrees: tuple[float, ...]
+) -> None:
+    volume = make_volume((9, 10, 11), spacing_mm=(2.5, 0.9, 0.8))
+    tilted = volume.affine.copy()
+    tilted[:3, :3] = rotation(degrees) @ tilted[:3, :3]
+    volume = Volume(volume.voxels, volume.spacing_mm, tilted)
+    result, repairs = canonical(_relaid(volume, axes, flips))
+    np.testing.assert_array_equal(result.voxels, volume.voxels)
+    np.testing.assert_allclose(result.affine, volume.affine, atol=1e-9)
+    assert content_hash(result) == content_hash(volume)
+    assert ("reoriented" in repairs) == (axes != (0, 1, 2) or any(flips))
+    assert np.linalg.det(result.affine[:3, :3]) > 0
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.tuples(*[st.floats(0.4, 6.0)] * 3))
+def test_resampling_keeps_place_and_range(spacing_mm: tuple[float, float, float]) -> None:
+    volume = make_volume((12, 20, 18), spacing_mm=(2.5, 0.9, 0.8))
+    result = resample(volume, spacing_mm)
+    assert result.spacing_mm == spacing_mm
+    np.testing.assert_allclose(np.linalg.norm(result.affine[:3, :3], axis=0)[::-1], spacing_mm)
+    assert AIR_HU <= result.voxels.min() <= result.voxels.max() <= volume.voxels.max()
+    first_corner = [affine @ np.array([-0.5, -0.5, -0.5, 1]) for affine in (volume.affine, result.affine)]
+    np.testing.assert_allclose(*first_corner, atol=1e-9)
+    extent = np.multiply(result.voxels.shape, spacing_mm) - np.multiply(volume.voxels.shape, volume.spacing_mm)
+    assert (np.abs(extent) <= np.maximum(spacing_mm, 0) / 2 + 1e-6).all() or min(result.voxels.shape) == 1
+
+
+def test_a_plane_of_values_stays_a_plane() -> None:
+    """Linear interpolation is exact on a ramp, so this finds any shift by part of a voxel."""
+    ramp = np.broadcast_to(np.arange(40, dtype=np.int16) * 40 - 800, (20, 20, 40)).copy()
+    volume = make_volume((20, 20, 40), spacing_mm=(1.0, 1.0, 1.0))
+    result = resample(Volume(ramp, (1.0, 1.0, 1.0), volume.affine), (1.0, 1.0, 2.0))
+    x = (result.affine @ np.array([[i, 0, 0, 1] for i in range(20)]).T)[0] - volume.affine[0, 3]
+    np.testing.assert_allclose(result.voxels[5, 5, 2:-2], (x * 40 - 800)[2:-2], atol=0.51)
+
+
+def test_fine_detail_is_averaged_not_aliased() -> None:
+    stripes = np.where(np.arange(64) % 2 == 0, 1000, -1000).astype(np.int16)
+    voxels = np.broadcast_to(stripes, (16, 16, 64)).copy()
+    result = resample(Volume(voxels, (1.0, 1.0, 1.0), np.eye(4)), (1.0, 1.0, 4.0))
+    assert np.abs(result.voxels[:, :, 2:-2]).max() < 50
+
+
+def test_own_spacing_is_not_resampled() -> None:
+    volume = make_volume((9, 10, 11), spacing_mm=(2.5, 0.9, 0.8))
+    scan = Scan(volume.voxels.transpose(2, 1, 0), volume.affine)
+    same, repairs = canonical(scan, (2.5, 0.9, 0.8))
+    assert "resampled" not in repairs
+    assert content_hash(same) == content_hash(volume)
+    assert "resampled" in canonical(scan, (2.5, 0.9, 0.9))[1]
+
+
+def test_below_air_becomes_air_and_is_recorded() -> None:
+    voxels = phantom().astype(np.int32)
+    voxels[2, 2, 2], voxels[3, 3, 3] = -100_000, -1025
+    volume, repairs = canonical(Scan(voxels.transpose(2, 1, 0), np.diag([1.0, 1.0, 1.0, 1.0])))
+    assert repairs == ("padding_mapped",)
+    assert volume.voxels[2, 2, 2] == volume.voxels[3, 3, 3] == AIR_HU
+
+
+@pytest.mark.parametrize("low_high", [(-199, 500), (-1024, 99)])
+def test_screen_wants_air_and_something_dense(low_high: tuple[int, int]) -> None:
+    voxels = np.full((20, 20, 20), low_high[0], np.int16)
+    voxels[0] = low_high[1]
+    with pytest.raises(Rejected, match="hu_implausible"):
+        screen(voxels, 16)
+    voxels[1], voxels[2] = -200, 100
+    screen(voxels, 16)

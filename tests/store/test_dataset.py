@@ -1,0 +1,189 @@
+"""A dataset exists when its record does: refusals, fingerprints, and kills between every step of a commit."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+
+import numpy as np
+import pytest
+
+from mim_scale.errors import DamagedError, StoreError
+from mim_scale.store.dataset import Dataset, commit_dataset, fingerprint
+from mim_scale.store.geometry import Box
+from mim_scale.store.manifest import QuarantineRow
+from tests.synthetic import make_dataset, make_volume, store_volume
+
+SHAPES = ((16, 20, 24), (17, 18, 19))
+REFUSED = (QuarantineRow("ab" * 8, "dicom", "missing_slice", "slice 3 of 40 is missing"),)
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return make_dataset(tmp_path / "store", SHAPES, quarantine=REFUSED)
+
+
+def test_open_gives_what_was_committed(dataset):
+    again = Dataset.open(str(dataset.path))
+    assert again.rows == dataset.rows
+    assert again.quarantine == REFUSED
+    assert again.fingerprint == fingerprint(dataset.rows) == again.record["fingerprint"]
+    assert again.record["build_config"] == {"source": "synthetic", "seed": 0}
+    assert again.record["num_volumes"] == 2
+    row = again.rows[0]
+    assert again.reader(row) is again.reader(row)
+    assert again.reader(row).read_box(0, Box((0, 0, 0), row.shape)).shape == row.shape
+
+
+def test_fingerprint_is_of_content_not_of_order_or_time(dataset, tmp_path):
+    rows = dataset.rows
+    assert fingerprint(rows) == fingerprint(rows[::-1])
+    assert fingerprint(rows[:1]) != fingerprint(rows)
+    assert fingerprint((dataclasses.replace(rows[0], content_hash="0"), rows[1])) != fingerprint(rows)
+    assert make_dataset(tmp_path / "other", SHAPES[::-1], seed=0).fingerprint != dataset.fingerprint
+    assert make_dataset(tmp_path / "same", SHAPES, seed=0).fingerprint == dataset.fingerprint
+
+
+def test_a_dataset_pickles_and_knows_its_own(dataset, tmp_path):
+    copy = pickle.loads(pickle.dumps(dataset))
+    assert copy.rows == dataset.rows
+    data = pickle.dumps(dataset)
+    shutil.rmtree(dataset.path)
+    make_dataset(dataset.path, SHAPES, seed=5)
+    with pytest.raises(StoreError, match="the sender has"):
+        pickle.loads(data)
+
+
+def refusal(path):
+    with pytest.raises(StoreError) as caught:
+        _ = Dataset.open(path).quarantine
+    assert "\n" not in str(caught.value)
+    assert str(path) in str(caught.value)
+    return str(caught.value), caught.value.exit_code
+
+
+def test_refusals(dataset, tmp_path):
+    path = dataset.path
+    assert "no such store" in refusal(tmp_path / "nothing")[0]
+    (tmp_path / "empty").mkdir()
+    assert "no commit record" in refusal(tmp_path / "empty")[0]
+    record = (path / "dataset.json").read_text()
+
+    for text, message, code in [
+        (record[:50], "unreadable", 3),
+        ("[]", "no record of a dataset", 3),
+        ("{}", "no record of a dataset", 3),
+        (record.replace('"format_version": 1', '"format_version": 2'), "format version 2", 2),
+        (json.dumps({k: v for k, v in json.loads(record).items() if k != "files"}), "lacks files", 3),
+        (record.replace(dataset.fingerprint, "0" * 64), "another fingerprint", 3),
+    ]:
+        (path / "dataset.json").write_text(text)
+        found, exit_code = refusal(path)
+        assert message in found
+        assert exit_code == code
+    (path / "dataset.json").write_text(record)
+
+    for name in ("manifest.parquet", "quarantine.parquet"):
+        good = (path / name).read_bytes()
+        (path / name).write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+        assert "does not have the hash" in refusal(path)[0]
+        (path / name).unlink()
+        assert f"{name} is missing" in refusal(path)[0]
+        (path / name).write_bytes(good)
+    Dataset.open(path)
+
+
+def test_nothing_to_commit_and_equal_keys(tmp_path):
+    with pytest.raises(StoreError, match=r"no volume was stored \(1 inputs refused\)"):
+        commit_dataset(tmp_path, [], REFUSED, {})
+    row = store_volume(tmp_path, make_volume((16, 16, 16)))
+    with pytest.raises(StoreError, match="two manifest rows have the key"):
+        commit_dataset(tmp_path, [row, row], [], {})
+    assert not (tmp_path / "dataset.json").exists()
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def run_until(monkeypatch, limit, act):
+    """Run act, dying at the limit-th system call that makes something durable; returns whether it got through."""
+    calls = 0
+
+    def counted(real, after):
+        def call(*args):
+            nonlocal calls
+            calls += 1
+            if calls == limit and not after:
+                raise Killed
+            result = real(*args)
+            if calls == limit:
+                raise Killed
+            return result
+
+        return call
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", counted(os.replace, after=limit % 2 == 0))
+        patch.setattr(os, "fsync", counted(os.fsync, after=False))
+        try:
+            act()
+        except Killed:
+            return False
+    return True
+
+
+def test_a_commit_killed_anywhere_leaves_old_or_new(tmp_path, monkeypatch):
+    base = make_dataset(tmp_path / "base", SHAPES)
+    row = store_volume(tmp_path / "base", make_volume((20, 20, 20), seed=77))
+    rows = (*base.rows, row)
+    old, new = base.fingerprint, fingerprint(rows)
+    seen = set()
+    for limit in range(1, 60):
+        path = shutil.copytree(tmp_path / "base", tmp_path / f"killed-{limit}")
+        whole = run_until(monkeypatch, limit, lambda path=path: commit_dataset(path, rows, REFUSED, {"n": 2}))
+        dataset = Dataset.open(path)
+        seen.add(dataset.fingerprint)
+        assert dataset.fingerprint in {old, new}
+        assert (dataset.fingerprint == new) == (len(dataset.rows) == 3) == (dataset.quarantine == REFUSED)
+        # A second commit, killed as early as it can be, must not break what the first one left.
+        before = dataset.fingerprint
+        run_until(monkeypatch, 6, lambda path=path: commit_dataset(path, rows[:1], (), {"n": 3}))
+        assert Dataset.open(path).fingerprint in {before, fingerprint(rows[:1])}
+        assert commit_dataset(path, rows, REFUSED, {"n": 2}) == new
+        assert sorted(p.name for p in path.glob("*.parquet*")) == ["manifest.parquet", "quarantine.parquet"]
+        if whole:
+            break
+    assert whole
+    assert limit > 10
+    assert seen == {old, new}
+
+
+def test_a_first_commit_killed_anywhere_leaves_none_or_new(tmp_path, monkeypatch):
+    row = store_volume(tmp_path / "base", make_volume((16, 16, 16)))
+    for limit in range(1, 60):
+        path = shutil.copytree(tmp_path / "base", tmp_path / f"killed-{limit}")
+        whole = run_until(monkeypatch, limit, lambda path=path: commit_dataset(path, [row], (), {}))
+        if (path / "dataset.json").exists():
+            assert Dataset.open(path).rows == (row,)
+        else:
+            with pytest.raises(StoreError, match="no commit record"):
+                Dataset.open(path)
+        if whole:
+            break
+    assert whole
+
+
+def test_many_volumes_do_not_keep_every_reader(dataset, monkeypatch):
+    monkeypatch.setattr("mim_scale.store.dataset._OPEN_VOLUMES", 1)
+    first = dataset.reader(dataset.rows[0])
+    dataset.reader(dataset.rows[1])
+    assert dataset.reader(dataset.rows[0]) is not first
+    assert np.issubdtype(first.read_box(0, Box((0, 0, 0), (1, 1, 1))).dtype, np.int16)
+
+
+def test_a_damaged_table_is_damage(dataset):
+    (dataset.path / "manifest.parquet").write_bytes(b"no parquet")
+    with pytest.raises(DamagedError):
+        Dataset.open(dataset.path)
