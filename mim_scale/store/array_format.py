@@ -37,7 +37,7 @@ def array_metadata(shape: Size3) -> dict[str, Any]:
     """The zarr.json of one level of this shape."""
     sharding = {
         "chunk_shape": list(INNER_CHUNK),
-        # crc32c comes last: it covers the bytes as they lie on disk, so they are checked before they are decoded.
+        # crc32c comes last: it covers the bytes as they lie on disk.
         "codecs": [_ENDIAN, _BLOSC, _CRC],
         "index_codecs": [_ENDIAN, _CRC],
         "index_location": "end",

@@ -257,5 +257,7 @@ def _reason(error: Exception) -> str:
         return "the index of its file fails its checksum"
     if "Digest mismatch" in text:
         return "fails its checksum"
+    if "blosc" in text.lower():
+        return "fails to decode"
     text = re.sub(r'(in )?local file "[^"]*":? ?', "", text)
     return re.sub(r"\s*\[(source|tensorstore).*$", "", text)[:200]

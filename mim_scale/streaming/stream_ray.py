@@ -4,6 +4,8 @@ An actor that dies is started again and its requests are repeated: a batch is a 
 lost.
 """
 
+import os
+import pickle
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -22,16 +24,24 @@ RETRIES = 3
 
 
 class _Feeder:
-    """What an actor runs: a copy of the reader."""
+    """What an actor runs: a copy of the reader, made in the first call so that its errors are answers, not deaths."""
 
-    def __init__(self, reader: SampleReader) -> None:
-        self._reader = reader
+    def __init__(self, packed: bytes) -> None:
+        self._packed = packed
+        self._reader: SampleReader | None = None
 
-    def ready(self) -> bool:
-        return True
+    def process(self) -> int:
+        """The actor's process id, once it can read."""
+        self._open()
+        return os.getpid()
 
     def batch(self, positions: Sequence[int]) -> Batch:
-        return self._reader.batch(positions)
+        return self._open().batch(positions)
+
+    def _open(self) -> SampleReader:
+        if self._reader is None:
+            self._reader = pickle.loads(self._packed)
+        return self._reader
 
 
 class RayStream:
@@ -48,6 +58,7 @@ class RayStream:
         self._asked = 0
         self._closing = ExitStack()
         self._actors: list[Any] = []
+        self._packed: Any = None
         try:
             self._closing.enter_context(ray_cluster(workers))
             self._start(reader, workers)
@@ -75,6 +86,7 @@ class RayStream:
         for actor in self._actors:
             ray.kill(actor)
         self._actors = []
+        self._packed = None
         self._closing.close()
 
     def __enter__(self) -> Self:
@@ -89,9 +101,10 @@ class RayStream:
         feeder = ray.remote(_Feeder).options(
             num_cpus=1, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD"
         )
-        shared = ray.put(reader)
-        self._actors = [feeder.remote(shared) for _ in range(workers)]
-        ready = [actor.ready.remote() for actor in self._actors]
+        # Kept as long as the actors: one that is started again needs it again.
+        self._packed = ray.put(pickle.dumps(reader))
+        self._actors = [feeder.remote(self._packed) for _ in range(workers)]
+        ready = [actor.process.remote() for actor in self._actors]
         started, waiting = ray.wait(ready, num_returns=workers, timeout=START_LIMIT_S)
         if waiting:
             raise ClusterError(

@@ -10,6 +10,7 @@ A step has one row however often it was computed: a run that goes on from an old
 bit, and does not write them again.
 """
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -70,7 +71,9 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         try:
-            self._file.write(line)
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             raise CheckpointError(
                 f"{self.path}: cannot be written ({error.strerror}); make room, then start the same command again"

@@ -164,5 +164,5 @@ class Records:
         if begun_with != self._fingerprint:
             raise StoreError(
                 f"{self._config.data.store}: its fingerprint is {self._fingerprint[:16]}, the run in {self._output} "
-                f"was begun on {str(begun_with)[:16]}: other volumes mean another order; take that store, or a new output"
+                f"was begun on {str(begun_with)[:16]}: other volumes mean another order; take it, or another output"
             )

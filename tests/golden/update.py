@@ -1,4 +1,4 @@
-"""Rewrite the golden numbers of pure code: `python -m tests.golden.update`. Review the diff: each change breaks old runs."""
+"""Rewrite the golden numbers of pure code: `python -m tests.golden.update`. A diff breaks old runs."""
 
 import json
 from pathlib import Path

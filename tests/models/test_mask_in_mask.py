@@ -91,7 +91,7 @@ def test_alignment_pairs_a_child_with_the_cell_it_was_cut_from() -> None:
                 mine = method.alignment[pair].child(features[number][sample * views + view].mean(dim=0))
                 logits = torch.nn.functional.cosine_similarity(mine[None], candidates) / config.loss.temperature
                 total += float(-logits.log_softmax(0)[child.cell[sample, view]]) / (2 * views)
-        assert float(parts[f"alignment_{pair}"]) == pytest.approx(total, rel=1e-5)
+        assert float(parts[f"alignment_{pair}"].detach()) == pytest.approx(total, rel=1e-5)
 
 
 def test_total_is_the_weighted_sum_and_every_parameter_learns() -> None:
@@ -100,8 +100,8 @@ def test_total_is_the_weighted_sum_and_every_parameter_learns() -> None:
     losses = method(small_batch(config, 2))
     weights = {"level_1": 1.0, "level_2": 2.0, "level_3": 0.5, "alignment_1_2": 0.3, "alignment_2_3": 0.7}
     assert losses.parts.keys() == weights.keys()
-    expected = sum(weight * float(losses.parts[name]) for name, weight in weights.items())
-    assert float(losses.total) == pytest.approx(expected, rel=1e-6)
+    expected = sum(weight * float(losses.parts[name].detach()) for name, weight in weights.items())
+    assert float(losses.total.detach()) == pytest.approx(expected, rel=1e-6)
     losses.total.backward()
     for name, parameter in method.named_parameters():
         assert parameter.grad is not None, name
@@ -131,7 +131,7 @@ def test_a_batch_is_the_mean_of_its_samples() -> None:
         )
         alone.append(method(one).parts)
     for name, part in whole.items():
-        assert float(part) == pytest.approx(sum(float(parts[name]) for parts in alone) / 3, rel=1e-5)
+        assert float(part.detach()) == pytest.approx(sum(float(parts[name].detach()) for parts in alone) / 3, rel=1e-5)
 
 
 def test_alignment_that_weighs_nothing_is_not_built() -> None:
@@ -173,7 +173,7 @@ def test_bf16_autocast_stays_near_fp32() -> None:
     assert half.total.dtype == torch.float32
     half.total.backward()
     for name, part in full.parts.items():
-        assert float(half.parts[name]) == pytest.approx(float(part), rel=2e-2)
+        assert float(half.parts[name].detach()) == pytest.approx(float(part.detach()), rel=2e-2)
 
 
 def test_trivial_loss_on_normalised_targets_is_the_variance_that_is_left() -> None:

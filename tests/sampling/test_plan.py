@@ -32,7 +32,7 @@ def test_outer_box_is_inside_or_centred(seed, position, shape, config):
     assert box.size == config.box
     for start, stop, size in zip(box.start, box.stop, shape, strict=True):
         if size >= stop - start:
-            assert 0 <= start
+            assert start >= 0
             assert stop <= size
         else:
             before, after = -start, stop - size

@@ -79,7 +79,7 @@ def test_a_box_beside_the_damage_is_still_read(folder):
     reader = VolumeReader(folder, KEY, SHAPE)
     start = (0, 0, 256)  # another shard
     assert reader.read_box(0, Box(start, (70, 70, 44))).shape == (70, 70, 44)
-    with pytest.raises(DamagedError, match="fails (its checksum|to decode)"):
+    with pytest.raises(DamagedError, match=r"fails (its checksum|to decode)"):
         reader.read_box(0, Box(tuple(i * 64 for i in bad), (1, 1, 1)))
 
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or absent: a crash at any operation of a save leaves the old or the new state, never a third."""
+"""A checkpoint is whole or absent: a crash at any operation of a save leaves the old or the new state, no third."""
 
 import json
 import os
@@ -137,7 +137,7 @@ def flip(path: Path) -> None:
 
 
 def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size - 1)
+    os.truncate(path, path.stat().st_size // 2)
 
 
 DAMAGES = [

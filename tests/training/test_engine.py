@@ -17,7 +17,7 @@ FP32 = ("plain", "zero_0", "zero_1", "zero_2", "zero_3")
 
 @pytest.fixture(scope="module")
 def told_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[str, Any]]:
-    """What the checking program says at a number of ranks, with neither compiler nor ninja on PATH: nothing is built."""
+    """What the checking program says at a number of ranks, without compiler or ninja on PATH: nothing is built."""
 
     @cache
     def tell(world: int) -> dict[str, Any]:

@@ -73,10 +73,13 @@ def test_missing_journal_has_no_rows(tmp_path: Path) -> None:
     assert read_journal(tmp_path / "none.jsonl") == []
 
 
-def test_full_disk_is_one_line() -> None:
-    journal = Journal(Path("/dev/full"))
+def test_full_disk_is_one_line(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "journal.jsonl")
+    journal.close()
+    journal._file = open("/dev/full", "ab", buffering=0)  # noqa: SIM115
     with pytest.raises(CheckpointError, match="No space left"):
         journal.write("step", 1, loss=1.0)
+    journal.close()
 
 
 def test_metrics_of_a_row() -> None:

@@ -1,0 +1,94 @@
+"""The data verbs as a user types them: what is printed, and the exit code."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_pipeline import commands
+from mim_scale.cli import run
+from mim_scale.errors import SourceError, StoreError
+from tests.pipeline.sources import Series, config, phantom, with_tags, write_image, write_series
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    write_image(tmp_path / "in" / "a.nii.gz", phantom(0))
+    write_image(tmp_path / "in" / "labels.nii.gz", (phantom(0) > 0).astype(np.uint8))
+    write_series(tmp_path / "in" / "series", Series(phantom(1)))
+    write_series(tmp_path / "in" / "mr", with_tags(Series(phantom(2)), Modality="MR"))
+    (tmp_path / "in" / "notes.txt").write_text("words")
+    return tmp_path / "in"
+
+
+def test_scan_build_verify_stats(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = tmp_path / "store"
+    assert run(["data", "scan", str(source)]) == 0
+    shown = capsys.readouterr().out
+    for words in ("4 inputs, 1 of them refused by their headers; 1 other files ignored", "not_ct", "dicom", "nifti"):
+        assert words in shown
+    command = ["data", "build", str(source), str(store), "--executor", "local", "--workers", "1"]
+    assert run(command) == 0
+    shown = capsys.readouterr().out
+    for words in ("4 = 2 stored + 2 quarantined", "hu_implausible", "not_ct", "fingerprint", "ratio"):
+        assert words in shown
+    assert run(command) == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert run(["data", "verify", str(store), "--deep"]) == 0
+    assert "whole (every voxel was decoded)" in capsys.readouterr().out
+    assert run(["data", "stats", str(store), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert values["num_volumes"] == 2
+    assert run(["data", "stats", str(store)]) == 0
+    assert values["fingerprint"] in capsys.readouterr().out
+    _damage(store)
+    assert run(["data", "verify", str(store), "--deep"]) == 3
+    assert "damage in" in capsys.readouterr().out
+    assert run(["data", "verify", str(store)]) in {0, 3}
+
+
+def _damage(store: Path) -> None:
+    largest = max(
+        (path for path in (store / "volumes").rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+
+
+def test_mistakes_raise_the_errors_that_end_with_exit_2(source: Path, tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        commands.scan(tmp_path / "gone")
+    with pytest.raises(SourceError, match="does not exist"):
+        commands.build(config(tmp_path / "gone", tmp_path / "store"))
+    for verb in (commands.verify, commands.stats):
+        with pytest.raises(StoreError):
+            verb(tmp_path / "gone")
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mim_scale.cli", "data", "scan", str(tmp_path / "gone")]
+    command = [sys.executable, "-c", "from mim_scale.cli import main; main()", *command[3:]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_the_launcher_takes_overrides_and_refuses_unknown_keys(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "launch/build_shards.py",
+        "--config",
+        "configs/build.yaml",
+        f"source={tmp_path}",
+        "spacin=1",
+    ]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "did you mean spacing?" in done.stderr

@@ -1,0 +1,186 @@
+"""One contract, two transports: batches in order, bit-equal to reading in line, bounded, loud, clean at the end."""
+
+import itertools
+import os
+import signal
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from mim_scale.errors import ConfigError, DamagedError
+from mim_scale.store.dataset import volume_folder
+from mim_scale.streaming.reader import SampleReader
+from mim_scale.streaming.stream_threads import ThreadStream
+from tests.synthetic import make_dataset, make_plan_config
+
+CONFIG = make_plan_config()
+
+
+def schedule(steps, micro_batch=2, first=0):
+    return [range(p, p + micro_batch) for p in range(first, first + steps * micro_batch, micro_batch)]
+
+
+def assert_equal(batch, expected):
+    assert batch.keys == expected.keys
+    np.testing.assert_array_equal(batch.positions, expected.positions)
+    np.testing.assert_array_equal(batch.blocks, expected.blocks)
+    assert batch.blocks.dtype == expected.blocks.dtype == np.int16
+    for level, other in zip(batch.levels, expected.levels, strict=True):
+        for name, array in vars(other).items():
+            found = getattr(level, name)
+            assert found.dtype == array.dtype == np.int32
+            np.testing.assert_array_equal(found, array)
+
+
+def damage_last_volume(dataset):
+    """Remove the voxels of the volume that first appears at some index, and say which index and key."""
+    reader = SampleReader(dataset, dataset.rows, CONFIG, seed=4)
+    keys = [reader.sample(position).key for position in range(len(dataset.rows))]
+    (volume_folder(dataset.path, keys[-1]) / "0" / "c" / "0" / "0" / "0").unlink()
+    return reader, keys
+
+
+@pytest.fixture(scope="module")
+def reader(dataset):
+    return SampleReader(dataset, dataset.rows, CONFIG, seed=4)
+
+
+class StreamContract:
+    """What every transport must do. Subclasses say how one is opened."""
+
+    def open(self, reader, workers=2, read_ahead=3):
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("workers", [1, 2, 3])
+    def test_batches_are_those_read_in_line(self, reader, workers):
+        with self.open(reader, workers) as stream:
+            items = schedule(7)
+            for batch, positions in zip(stream.batches(items), items, strict=True):
+                assert_equal(batch, reader.batch(positions))
+
+    def test_resume_is_an_integer_and_a_stream_serves_again(self, reader):
+        with self.open(reader) as stream:
+            straight = list(stream.batches(schedule(6)))
+            resumed = list(stream.batches(schedule(3, first=6)))
+        for batch, expected in zip(resumed, straight[3:], strict=True):
+            assert_equal(batch, expected)
+
+    def test_an_endless_schedule_is_read_a_bounded_way_ahead(self, reader):
+        taken = []
+
+        def endless():
+            for position in itertools.count():
+                taken.append(position)
+                yield [position]
+
+        with self.open(reader, workers=2, read_ahead=3) as stream:
+            batches = stream.batches(endless())
+            assert taken == []
+            for count in range(1, 6):
+                assert next(batches).positions.tolist() == [count - 1]
+                assert len(taken) == count + 3
+            batches.close()
+
+    def test_an_empty_schedule_gives_nothing(self, reader):
+        with self.open(reader) as stream:
+            assert list(stream.batches([])) == []
+
+    def test_the_first_error_comes_at_its_index(self, tmp_path):
+        dataset = make_dataset(tmp_path / "store", [(48, 48, 48)] * 4)
+        reader, keys = damage_last_volume(dataset)
+        with pytest.raises(DamagedError) as in_line:
+            reader.sample(3)
+        with self.open(reader, workers=2, read_ahead=4) as stream:
+            batches = stream.batches(schedule(8, micro_batch=1))
+            assert [next(batches).keys for _ in range(3)] == [(key,) for key in keys[:3]]
+            with pytest.raises(DamagedError) as caught:
+                next(batches)
+            assert type(caught.value) is DamagedError
+            assert str(caught.value) == str(in_line.value)
+            assert keys[3] in str(caught.value)
+            assert list(batches) == []
+
+    def test_closing_twice_and_in_the_middle(self, reader):
+        stream = self.open(reader)
+        batches = stream.batches(schedule(50))
+        next(batches)
+        batches.close()
+        stream.close()
+        stream.close()
+
+
+class TestThreadStream(StreamContract):
+    def open(self, reader, workers=2, read_ahead=3):
+        return ThreadStream(reader, workers, read_ahead)
+
+    @pytest.fixture(autouse=True)
+    def no_thread_stays(self):
+        yield
+        assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mim-stream")]
+
+    def test_an_error_in_the_consumer_ends_the_threads(self, reader):
+        def consume():
+            with ThreadStream(reader, 2, 3) as stream:
+                next(stream.batches(schedule(50)))
+                raise ZeroDivisionError
+
+        with pytest.raises(ZeroDivisionError):
+            consume()
+
+
+@pytest.mark.ray
+class TestRayStream(StreamContract):
+    @pytest.fixture(autouse=True)
+    def _cluster(self, cluster):
+        pass
+
+    def open(self, reader, workers=2, read_ahead=3):
+        from mim_scale.streaming.stream_ray import RayStream
+
+        return RayStream(reader, workers, read_ahead)
+
+    def test_killed_actors_change_nothing(self, reader):
+        from mim_scale.ray_cluster import ray
+
+        items = schedule(12)
+        with self.open(reader, workers=2, read_ahead=4) as stream:
+            for index, (batch, positions) in enumerate(zip(stream.batches(items), items, strict=True)):
+                assert_equal(batch, reader.batch(positions))
+                if index in {2, 6}:
+                    actor = stream._actors[index % 2]
+                    os.kill(ray.get(actor.process.remote()), signal.SIGKILL)
+
+    def test_a_cluster_without_room_says_so(self, reader, monkeypatch):
+        from mim_scale.errors import ClusterError
+
+        monkeypatch.setattr("mim_scale.streaming.stream_ray.START_LIMIT_S", 12.0)
+        started = time.monotonic()
+        with pytest.raises(ClusterError, match=r"Ray started \d of 9 stream workers in 12 s: .*lower data.workers"):
+            self.open(reader, workers=9)
+        assert time.monotonic() - started < 60
+        with self.open(reader, workers=3) as stream:
+            assert len(list(stream.batches(schedule(2)))) == 2
+
+    def test_another_dataset_at_the_same_path_is_refused(self, tmp_path):
+        from mim_scale.errors import StoreError
+
+        dataset = make_dataset(tmp_path / "store", [(48, 48, 48)])
+        reader = SampleReader(dataset, dataset.rows, CONFIG, seed=4)
+        make_dataset(tmp_path / "store", [(48, 48, 48)], seed=9)
+        with pytest.raises(StoreError, match="the sender has"):
+            self.open(reader)
+
+
+def test_open_stream_follows_the_config(dataset):
+    from mim_scale.streaming.stream import open_stream
+    from tests.training.standin import small_config
+
+    config = small_config()
+    with open_stream(config, dataset, dataset.rows) as stream:
+        assert isinstance(stream, ThreadStream)
+        batch = next(stream.batches([range(2)]))
+    assert_equal(batch, SampleReader(dataset, dataset.rows, config.plan, config.seed).batch(range(2)))
+    with pytest.raises(ConfigError, match="no held-out volumes"):
+        open_stream(config, dataset, (), held_out=True)

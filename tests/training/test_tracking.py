@@ -1,0 +1,212 @@
+"""MLflow shows what the journal holds: every step once, in one run, whatever was killed; it never stops training."""
+
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mim_scale.config import TrackingConfig
+from mim_scale.training import tracking_mlflow
+from mim_scale.training.journal import Journal
+from mim_scale.training.tracking import NoTracker, open_tracker
+from mim_scale.training.tracking_mlflow import MlflowTracker
+from tests.training.jobs import ROOT, environment
+
+PARAMS = {"seed": 3, "plan.levels.0.cells": [2, 2, 2]}
+TAGS = {"fingerprint": "f" * 64}
+
+FOLLOW_AND_DIE = """
+import os, sys, time
+from pathlib import Path
+from mim_scale.training.journal import Journal
+from mim_scale.training.tracking_mlflow import MlflowTracker
+folder = Path(sys.argv[1])
+journal = Journal(folder / "journal.jsonl")
+tracker = MlflowTracker("auto", "mim-scale", folder, journal.path)
+for step in range(1, 4):
+    journal.write("step", step, loss=float(step), time=time.time())
+tracker.start({"seed": 3, "plan.levels.0.cells": [2, 2, 2]}, {"fingerprint": "f" * 64})
+while tracker._seen["step"] < 3 or tracker._client is None:
+    time.sleep(0.05)
+print("sent", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture(scope="module")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh MLflow database, made once: making one takes seconds."""
+    folder = tmp_path_factory.mktemp("mlflow")
+    tracker = MlflowTracker("auto", "mim-scale", folder, folder / "journal.jsonl")
+    tracker.start({}, {})
+    tracker.close("FINISHED")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def output(migrated: Path, tmp_path: Path) -> Iterator[Path]:
+    shutil.copy(migrated, tmp_path / "mlflow.db")
+    return tmp_path
+
+
+def history(output: Path, metric: str = "loss") -> list[tuple[int, float]]:
+    """(step, value) of every logged point, in all runs of this folder together."""
+    client = client_of(output)
+    points = [point for run in runs(output) for point in client.get_metric_history(run.info.run_id, metric)]
+    return sorted((point.step, point.value) for point in points)
+
+
+def client_of(output: Path) -> Any:
+    from mlflow import MlflowClient
+
+    return MlflowClient(tracking_uri=f"sqlite:///{output / 'mlflow.db'}")
+
+
+def runs(output: Path) -> list[Any]:
+    """The runs that this folder's trackers made; the database came with one of its own."""
+    found = client_of(output).search_runs(["1"])
+    return [run for run in found if run.data.tags.get("fingerprint") == TAGS["fingerprint"]]
+
+
+def follow(output: Path, first: int, last: int, status: str = "FINISHED", **metrics: float) -> MlflowTracker:
+    journal = Journal(output / "journal.jsonl")
+    tracker = MlflowTracker("auto", "mim-scale", output, journal.path)
+    tracker.start(PARAMS, TAGS)
+    for step in range(first, last + 1):
+        journal.write("step", step, loss=float(step), parts={"level_1": 0.5}, time=time.time(), **metrics)
+        if step % 2 == 0:
+            journal.write("held_out", step, held_out={"loss": 2.0, "trivial_1": 3.0}, time=time.time())
+    tracker.close(status)
+    journal.close()
+    return tracker
+
+
+def test_one_run_across_restarts_without_gap_or_repeat(output: Path) -> None:
+    assert follow(output, 1, 5, "KILLED").delivered
+    assert runs(output)[0].info.status == "KILLED"
+    assert follow(output, 4, 9, "FAILED").delivered  # steps 4 and 5 are computed again after a lost checkpoint
+    assert runs(output)[0].info.status == "FAILED"
+    assert follow(output, 10, 12).delivered
+    assert len(runs(output)) == 1
+    run = runs(output)[0]
+    assert run.info.status == "FINISHED"
+    assert history(output) == [(step, float(step)) for step in range(1, 13)]
+    assert [step for step, _ in history(output, "held_out/loss")] == [2, 4, 6, 8, 10, 12]
+    assert run.data.params == {name: str(value) for name, value in PARAMS.items()}
+    assert run.data.metrics["parts/level_1"] == 0.5
+    assert run.data.metrics["held_out/trivial_1"] == 3.0
+
+
+def test_more_rows_than_one_call_takes(output: Path) -> None:
+    follow(output, 1, 450, grad_norm=1.0, data_wait=0.0)
+    assert history(output) == [(step, float(step)) for step in range(1, 451)]
+
+
+def test_killed_while_it_follows(output: Path) -> None:
+    job = subprocess.Popen(
+        [sys.executable, "-c", FOLLOW_AND_DIE, str(output)],
+        cwd=ROOT,
+        env=environment(),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert job.stdout is not None
+    assert job.stdout.readline() == "sent\n"
+    job.kill()
+    job.wait()
+    job.stdout.close()
+    follow(output, 4, 6)
+    assert len(runs(output)) == 1
+    assert [step for step, _ in history(output)] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_between_making_the_run_and_writing_its_id_down(output: Path) -> None:
+    follow(output, 1, 3)
+    path = output / "mlflow_run.json"
+    known = json.loads(path.read_text())
+    path.write_text(json.dumps({**known, "run_id": None}))
+    follow(output, 4, 6)
+    assert len(runs(output)) == 1
+    assert [step for step, _ in history(output)] == [1, 2, 3, 4, 5, 6]
+    assert json.loads(path.read_text()) == known
+
+
+def test_pictures_and_files(output: Path) -> None:
+    picture, note = output / "level_1.png", output / "note.txt"
+    picture.write_bytes(b"png")
+    note.write_text("note")
+    tracker = MlflowTracker("auto", "mim-scale", output, output / "journal.jsonl")
+    tracker.start(PARAMS, TAGS)
+    tracker.image(picture)
+    tracker.artifact(note)
+    tracker.artifact(output / "deleted.txt")
+    tracker.close("FINISHED")
+    assert tracker.delivered
+    client, run = client_of(output), runs(output)[0]
+    assert [entry.path for entry in client.list_artifacts(run.info.run_id)] == ["note.txt", "pictures"]
+    assert [entry.path for entry in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/level_1.png"]
+
+
+def test_a_store_that_fails_is_told_once_and_caught_up(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The answer to a call that went through is lost, too: rows must not be sent twice."""
+    from mlflow import MlflowClient
+
+    monkeypatch.setattr(tracking_mlflow, "POLL_S", 0.01)
+    log_batch, calls = MlflowClient.log_batch, []
+
+    def failing(self: Any, *arguments: Any, **options: Any) -> Any:
+        if "metrics" not in options:
+            return log_batch(self, *arguments, **options)
+        calls.append(options)
+        if len(calls) == 1:
+            raise ConnectionError("database is locked")
+        result = log_batch(self, *arguments, **options)
+        if len(calls) == 2:
+            raise ConnectionError("answer lost")
+        return result
+
+    monkeypatch.setattr(MlflowClient, "log_batch", failing)
+    journal = Journal(output / "journal.jsonl")
+    tracker = MlflowTracker("auto", "mim-scale", output, journal.path)
+    tracker.start(PARAMS, TAGS)
+    for step in range(1, 13):
+        journal.write("step", step, loss=float(step))
+        time.sleep(0.02)
+    tracker.close("FINISHED")
+    assert tracker.delivered
+    assert tracker.failures == 2
+    assert [step for step, _ in history(output)] == list(range(1, 13))
+    assert capfd.readouterr().err.count("does not take metrics") == 1
+
+
+def test_mlflow_away_for_the_whole_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tracking_mlflow, "CLOSE_S", 0.5)
+    monkeypatch.setattr(tracking_mlflow, "POLL_S", 0.01)
+    (tmp_path / "mlflow.db").mkdir()  # sqlite cannot open it
+    began = time.monotonic()
+    tracker = follow(tmp_path, 1, 3)
+    assert time.monotonic() - began < 30
+    assert not tracker.delivered
+    assert "they go up when the run is started again" in capfd.readouterr().err
+    (tmp_path / "mlflow.db").rmdir()
+    monkeypatch.undo()
+    follow(tmp_path, 4, 5)
+    assert [step for step, _ in history(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_none_is_none(tmp_path: Path) -> None:
+    tracker = open_tracker(TrackingConfig(mlflow=None), tmp_path, tmp_path / "journal.jsonl")
+    assert isinstance(tracker, NoTracker)
+    tracker.start({}, {})
+    tracker.close("FINISHED")
+    assert list(tmp_path.iterdir()) == []
