@@ -224,4 +224,4 @@ def test_preview_shows_visible_voxels_as_they_are(normalise: bool) -> None:
         )
         if not normalise:
             wrong = ((level.reconstruction - level.input)[level.hidden] ** 2).mean()
-            assert wrong == pytest.approx(float(outputs.loss), rel=1e-4)
+            assert wrong == pytest.approx(float(outputs.loss.detach()), rel=1e-4)

@@ -60,7 +60,11 @@ def test_thick_slices_stay_until_the_plane_has_caught_up():
     assert level_geometry((41, 64, 64), (1.0, 0.8, 0.8), 2)[1] == ((21, 32, 32), (2, 2, 2))
 
 
-@given(st.tuples(*[st.integers(1, 9)] * 3), st.tuples(*[st.sampled_from([1, 2])] * 3), st.integers(0, 99))
+@given(
+    st.tuples(st.integers(1, 18), *[st.integers(1, 7)] * 2),
+    st.tuples(*[st.sampled_from([1, 2])] * 3),
+    st.integers(0, 99),
+)
 def test_halve_is_the_mean_rounded_half_up(shape, factor, seed):
     voxels = np.random.default_rng(seed).integers(-1024, 3072, shape).astype(np.int16)
     result = halve(voxels, factor)

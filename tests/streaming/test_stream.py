@@ -3,6 +3,8 @@
 import itertools
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -184,3 +186,38 @@ def test_open_stream_follows_the_config(dataset):
     assert_equal(batch, SampleReader(dataset, dataset.rows, config.plan, config.seed).batch(range(2)))
     with pytest.raises(ConfigError, match="no held-out volumes"):
         open_stream(config, dataset, (), held_out=True)
+
+
+OWN_CLUSTER = """
+import sys
+import numpy as np
+from mim_scale.store.dataset import Dataset
+from mim_scale.streaming.stream import open_stream
+from tests.training.standin import small_config
+
+dataset = Dataset.open(sys.argv[1])
+config = small_config()
+ray_config = config.model_copy(update={"data": config.data.model_copy(update={"transport": "ray"})})
+with open_stream(config, dataset, dataset.rows) as threads, open_stream(ray_config, dataset, dataset.rows) as actors:
+    schedule = [range(0, 2), range(2, 4)]
+    for a, b in zip(threads.batches(schedule), actors.batches(schedule), strict=True):
+        assert np.array_equal(a.blocks, b.blocks) and a.keys == b.keys
+    assert sys.modules["ray"].is_initialized()
+assert not sys.modules["ray"].is_initialized()
+print(type(actors).__name__)
+"""
+
+
+@pytest.mark.ray
+def test_without_an_address_a_ray_stream_brings_its_own_cluster(dataset):
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", OWN_CLUSTER, str(dataset.path)],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env=clean,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == ["RayStream"]
