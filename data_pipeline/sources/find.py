@@ -83,9 +83,10 @@ def find_sources(root: Path, progress: Callable[[int, int], None] | None = None)
     rest = [file for file in files if file not in owned]
     ignored = [file for file in rest if _is_no_image(file)]
     dicom: list[str] = []
-    for count, file in enumerate(sorted(set(rest) - set(ignored))):
+    to_probe = sorted(set(rest) - set(ignored))
+    for count, file in enumerate(to_probe, start=1):
         if progress is not None:
-            progress(count, len(rest))
+            progress(count, len(to_probe))
         problem = _probe(root / file)
         if problem is None:
             dicom.append(file)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mim_scale.commit import write_file
+from mim_scale.commit import sync_folder, temporary_beside, write_file
 from mim_scale.training.tracking import Status, metrics_of
 
 if TYPE_CHECKING:
@@ -41,7 +41,8 @@ class MlflowTracker:
     """Follows the journal into one MLflow run."""
 
     def __init__(self, uri: str, experiment: str, output: Path, journal: Path) -> None:
-        self._uri = f"sqlite:///{(output / 'mlflow.db').resolve()}" if uri == "auto" else uri
+        self._database = (output / "mlflow.db").resolve() if uri == "auto" else None
+        self._uri = uri if self._database is None else f"sqlite:///{self._database}"
         self._artifacts = (output / "mlruns").resolve().as_uri() if uri == "auto" else None
         self._experiment = experiment
         self._run_file = output / RUN_FILE
@@ -152,10 +153,11 @@ class MlflowTracker:
             logging.getLogger(name).setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        # mlflow sets its own level while it is imported, and alembic's when it prepares a database.
+        # mlflow sets its own level while it is imported.
         logging.getLogger("mlflow").setLevel(logging.WARNING)
+        if self._database is not None and not self._database.exists():
+            _make_database(self._database)
         client = MlflowClient(tracking_uri=self._uri)
-        logging.getLogger("alembic").setLevel(logging.WARNING)
         self._run_id = self._find_or_make_run(client)
         for kind, metric in KINDS.items():
             self._seen[kind] = max((m.step for m in client.get_metric_history(self._run_id, metric)), default=-1)
@@ -229,6 +231,17 @@ class MlflowTracker:
                 if row["kind"] in KINDS and row["step"] > self._seen[row["kind"]]:
                     self._seen[row["kind"]] = row["step"]
                     yield row
+
+
+def _make_database(path: Path) -> None:
+    """Prepare MLflow's tables beside and rename: a kill in the middle of that leaves a database MLflow never opens again."""
+    from mlflow import MlflowClient
+
+    temporary = temporary_beside(path)
+    temporary.unlink(missing_ok=True)
+    MlflowClient(tracking_uri=f"sqlite:///{temporary}").search_experiments()
+    os.replace(temporary, path)
+    sync_folder(path.parent)
 
 
 def _say(text: str) -> None:

@@ -137,6 +137,19 @@ def test_killed_between_making_the_run_and_writing_its_id_down(output: Path) -> 
     assert json.loads(path.read_text()) == known
 
 
+def test_killed_while_the_database_is_made(tmp_path: Path) -> None:
+    """MLflow cannot open a database whose preparation was cut off, so none may ever stand there half made."""
+    job = subprocess.Popen([sys.executable, "-c", FOLLOW_AND_DIE, str(tmp_path)], cwd=ROOT, env=environment())
+    while not any(path.stat().st_size > 100_000 for path in tmp_path.glob(".tmp-*mlflow.db")):
+        assert job.poll() is None
+        time.sleep(0.005)
+    job.kill()
+    job.wait()
+    assert not (tmp_path / "mlflow.db").exists()
+    follow(tmp_path, 4, 5)
+    assert [step for step, _ in history(tmp_path)] == [1, 2, 3, 4, 5]
+
+
 def test_pictures_and_files(output: Path) -> None:
     picture, note = output / "level_1.png", output / "note.txt"
     picture.write_bytes(b"png")

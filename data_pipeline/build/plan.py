@@ -1,0 +1,59 @@
+"""What has to be done: one task a source, with a key that says when an earlier result still holds."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.build.task import Task
+from data_pipeline.sources.source import Source
+from mim_scale.config import BuildConfig
+
+PIPELINE_VERSION = 1
+"""Raised whenever the same source would give other voxels, another row or reason: old results then count no more."""
+
+_BYTES_PER_VOXEL = 20
+"""Five times a float32: the file's numbers, their HU, the volume, its coarser levels, what the encoder holds."""
+_BASE_BYTES = 300 * 1024 * 1024
+_UNKNOWN_RATIO = 20
+
+
+def settings(config: BuildConfig) -> dict[str, Any]:
+    """What the result depends on; kept in the store. Where the source lies and who does the work are not part of it."""
+    spacing = list(config.spacing) if config.spacing is not None else None
+    return {"spacing": spacing, "min_slices": config.min_slices, "pipeline_version": PIPELINE_VERSION}
+
+
+def make_tasks(root: Path, sources: tuple[Source, ...], config: BuildConfig) -> list[Task]:
+    """One task for each source, in the sources' order."""
+    return [_task(root, source, config) for source in sources]
+
+
+def _task(root: Path, source: Source, config: BuildConfig) -> Task:
+    stats = [
+        (file, path.stat() if path.exists() else None)
+        for file, path in zip(source.files, source.paths(root), strict=True)
+    ]
+    identity = [(file, stat.st_size, stat.st_mtime_ns) if stat else (file, -1, -1) for file, stat in stats]
+    file_bytes = sum(stat.st_size for _, stat in stats if stat)
+    voxels_bytes = source.num_voxels * _BYTES_PER_VOXEL or file_bytes * _UNKNOWN_RATIO
+    return Task(
+        key=_digest([identity, settings(config)]),
+        root=str(root.resolve()),
+        store=str(Path(config.store).resolve()),
+        source=source,
+        spacing_mm=config.spacing,
+        min_slices=config.min_slices,
+        memory_bytes=_BASE_BYTES + voxels_bytes,
+    )
+
+
+def tree_digest(root: Path, files: list[str], config: BuildConfig) -> str:
+    """Digest of names, sizes and times below a source folder, and of the settings."""
+    stats = [(file, (root / file).stat()) for file in files if (root / file).exists()]
+    return _digest([[(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], settings(config)])
+
+
+def _digest(values: Any) -> str:
+    # Names of files need not be valid text: json writes what is not as escapes.
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
