@@ -234,7 +234,7 @@ class MlflowTracker:
 
 
 def _make_database(path: Path) -> None:
-    """Prepare MLflow's tables beside and rename: a kill in the middle of that leaves a database MLflow never opens again."""
+    """Prepare MLflow's tables beside and rename: cut off in the middle, MLflow never opens them again."""
     from mlflow import MlflowClient
 
     temporary = temporary_beside(path)

@@ -201,7 +201,7 @@ def test_a_store_that_fails_is_told_once_and_caught_up(
 
 
 def test_mlflow_away_for_the_whole_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    tmp_path: Path, migrated: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking_mlflow, "CLOSE_S", 0.5)
     monkeypatch.setattr(tracking_mlflow, "POLL_S", 0.01)
@@ -211,10 +211,14 @@ def test_mlflow_away_for_the_whole_run(
     assert time.monotonic() - began < 30
     assert not tracker.delivered
     assert "they go up when the run is started again" in capfd.readouterr().err
-    (tmp_path / "mlflow.db").rmdir()
+    # Started again where MLflow can be reached, elsewhere: the first tracker's thread may still be trying.
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(migrated, again / "mlflow.db")
+    shutil.copy(tmp_path / "journal.jsonl", again)
     monkeypatch.undo()
-    follow(tmp_path, 4, 5)
-    assert [step for step, _ in history(tmp_path)] == [1, 2, 3, 4, 5]
+    follow(again, 4, 5)
+    assert [step for step, _ in history(again)] == [1, 2, 3, 4, 5]
 
 
 def test_none_is_none(tmp_path: Path) -> None:
