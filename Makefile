@@ -33,13 +33,13 @@ contracts: $(READY)
 	$(BIN)/lint-imports
 
 suite: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
-bench: $(READY)  ## measured comparisons; results are committed under docs/benchmarks
-	$(BIN)/python -m benchmarks.read_box
+bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.demo_step
 
-soak: $(READY)  ## the long kill-and-resume run
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+soak: $(READY)  ## the long golden runs that the suite leaves out
+	OMP_NUM_THREADS=1 MIM_SCALE_ALL_GOLDEN=1 $(BIN)/python -m pytest tests/models/test_golden.py
 
 clean:
 	rm -rf $(VENV) runs stores build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

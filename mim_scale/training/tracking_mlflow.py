@@ -33,6 +33,13 @@ CLOSE_S = 60.0
 MAX_METRICS = 1000
 """What MLflow accepts in one call."""
 MAX_FILES = 256
+QUIET = {
+    "GIT_PYTHON_REFRESH": "quiet",
+    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+"""MLflow's own settings, where the user has set none: the journal is patient, so a call need not be."""
 KINDS = {"step": "loss", "held_out": "held_out/loss"}
 """Kinds of journal rows that are sent, each with a metric that tells which steps MLflow already has."""
 
@@ -148,13 +155,11 @@ class MlflowTracker:
         return self._client
 
     def _connect(self) -> None:
-        os.environ.setdefault("GIT_PYTHON_REFRESH", "quiet")
-        for name in ("alembic", "mlflow"):
-            logging.getLogger(name).setLevel(logging.WARNING)
+        for name, value in QUIET.items():
+            os.environ.setdefault(name, value)
+        logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        # mlflow sets its own level while it is imported.
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
         if self._database is not None and not self._database.exists():
             _make_database(self._database)
         client = MlflowClient(tracking_uri=self._uri)
