@@ -12,6 +12,7 @@ Ends with 0 (done), 2 (a mistake in settings or paths), 3 (data damaged), 75 (as
 
 import argparse
 import os
+import time
 from pathlib import Path
 
 from mim_scale.config import PretrainConfig
@@ -19,6 +20,9 @@ from mim_scale.config_file import load_config
 from mim_scale.errors import MimScaleError, exit_with
 from mim_scale.training.placement import read_placement
 from mim_scale.training.stop import StopRequest
+
+RANK_0_SPEAKS_S = 10.0
+"""Longer than ranks of one launch start apart."""
 
 
 def main() -> int:
@@ -37,7 +41,9 @@ def main() -> int:
     except MimScaleError as error:
         if placement.rank == 0:
             raise
-        return error.exit_code  # rank 0 says it
+        # Rank 0 says it; a launcher ends the others as soon as one is gone, so leave after it.
+        time.sleep(RANK_0_SPEAKS_S)
+        return error.exit_code
     # One thread a rank, set before torch is imported: numbers must not depend on how many cores a machine has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from mim_scale.training.loop import pretrain

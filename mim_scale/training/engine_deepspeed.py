@@ -8,6 +8,7 @@ off (training does not use it). State is exchanged by parameter name, never as D
 import contextlib
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -30,6 +31,9 @@ from mim_scale.training.ranks import Ranks
 # Chosen here because DeepSpeed would otherwise probe for every accelerator it knows, and say so on each rank.
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 
+# DeepSpeed imports mlflow, where it finds it, for a tuner that we do not use: seconds of start-up on every rank.
+if "mlflow" not in sys.modules:
+    sys.modules["mlflow"] = None  # type: ignore[assignment]
 import deepspeed
 import deepspeed.ops
 from deepspeed.utils import (
@@ -41,6 +45,9 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+
+if sys.modules["mlflow"] is None:
+    del sys.modules["mlflow"]
 
 
 def switch_off_compiled_collective() -> None:

@@ -160,6 +160,7 @@ class MlflowTracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.ERROR)  # again: somebody may have imported it before
         if self._database is not None and not self._database.exists():
             _make_database(self._database)
         client = MlflowClient(tracking_uri=self._uri)

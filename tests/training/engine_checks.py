@@ -97,6 +97,7 @@ def main(stages: list[int]) -> None:
             told[f"zero_{stage}"] = check("deepspeed", ranks, reference, zero_stage=stage)
         told["zero_1_bf16"] = check("deepspeed", ranks, reference, zero_stage=1, precision="bf16")
         told["plain_bf16"] = check("plain", ranks, reference, precision="bf16")
+        assert "mlflow" not in sys.modules, "DeepSpeed brought it in: seconds of start-up on every rank"
         if ranks.rank == 0:
             print("RESULT " + json.dumps(told), flush=True)
 

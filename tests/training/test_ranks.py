@@ -88,13 +88,13 @@ def test_another_number_of_ranks_and_another_stage_go_on(one_rank: Path, config_
     """1 rank at stage 1, then 2 at stage 3, then 1 without DeepSpeed: each stopped by a signal, each taking over."""
     output = tmp_path / "run"
     launches = [
-        (python(), ("train.zero_stage=1",), 4),
-        (torchrun(2), ("train.zero_stage=3",), 9),
+        (python(), "train.zero_stage=1", 4, signal.SIGTERM),
+        (torchrun(2), "train.zero_stage=3", 9, signal.SIGUSR1),
     ]
-    for launcher, overrides, stop_after in launches:
-        job = start(launcher, config_path, output, *overrides)
+    for launcher, override, stop_after, number in launches:
+        job = start(launcher, config_path, output, override)
         wait_for_step(output, stop_after, job)
-        signal_ranks(output, signal.SIGUSR1)
+        signal_rank_0(output, number)
         # torchrun turns every failure of a rank into its own 1
         assert finish(job) == (75 if launcher == python() else 1)
         assert newest(output) > stop_after
@@ -120,8 +120,8 @@ def wait_for_step(output: Path, step: int, job: subprocess.Popen[str]) -> None:
         time.sleep(0.02)
 
 
-def signal_ranks(output: Path, number: int) -> None:
-    """To rank 0 alone: the others learn of it in the step's exchange."""
+def signal_rank_0(output: Path, number: int) -> None:
+    """The others learn of it in the step's exchange."""
     os.kill(int((output / "run.lock").read_text().split('"pid": ')[1].split(",")[0]), number)
 
 
