@@ -42,7 +42,9 @@ def main() -> int:
         if placement.rank == 0:
             raise
         # Rank 0 says it; a launcher ends the others as soon as one is gone, so leave after it.
-        time.sleep(RANK_0_SPEAKS_S)
+        deadline = time.monotonic() + RANK_0_SPEAKS_S
+        while not stop.is_set and time.monotonic() < deadline:
+            time.sleep(0.05)
         return error.exit_code
     # One thread a rank, set before torch is imported: numbers must not depend on how many cores a machine has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

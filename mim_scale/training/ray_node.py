@@ -9,6 +9,8 @@ from mim_scale.config import DataConfig
 from mim_scale.training.ranks import Ranks
 
 SETTINGS = ("RAY_ADDRESS", "RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH")
+LOOPBACK_STAYS = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
+"""For whoever joins: Ray would look for 127.0.0.1 at the machine's outer address, where our cluster does not listen."""
 
 
 @contextmanager
@@ -31,7 +33,8 @@ def ray_for_ranks(data: DataConfig, ranks: Ranks) -> Iterator[None]:
             from mim_scale.ray_cluster import ray_cluster
 
             address = stack.enter_context(ray_cluster(ranks_here * data.workers))
-            return {"RAY_ADDRESS": address, **{name: os.environ[name] for name in SETTINGS if name in os.environ}}
+            own = {name: os.environ[name] for name in SETTINGS if name in os.environ}
+            return {**own, **LOOPBACK_STAYS, "RAY_ADDRESS": address}
 
         told = ranks.gather_objects((host, ranks.together(start)))
         if ranks.local_rank != 0:
@@ -46,5 +49,5 @@ def ray_for_ranks(data: DataConfig, ranks: Ranks) -> Iterator[None]:
 
 
 def _forget() -> None:
-    for name in SETTINGS:
+    for name in (*SETTINGS, *LOOPBACK_STAYS):
         os.environ.pop(name, None)
