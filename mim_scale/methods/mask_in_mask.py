@@ -81,9 +81,8 @@ class MaskInMask(nn.Module):
 
     def losses(self, views: Sequence[Tensor], levels: Sequence[TensorLevel]) -> Losses:
         """The losses of ready views: every level's [B, 1, Z, Y, X], and its indices."""
-        outputs = [
-            self.run_level(level_views, *_flat_masks(level)) for level_views, level in zip(views, levels, strict=True)
-        ]
+        visible, hidden = zip(*map(_flat_masks, levels), strict=True)
+        outputs = self.run_levels(views, visible, hidden)
         parts = {f"level_{number}": output.loss for number, output in enumerate(outputs, start=1)}
         weights = dict(zip(parts, self.config.loss.level_weights, strict=True))
         if len(self.alignment):
@@ -95,12 +94,23 @@ class MaskInMask(nn.Module):
 
     def run_level(self, views: Tensor, visible: Tensor, hidden: Tensor) -> LevelOutput:
         """Encode, decode, predict and compare views [B, 1, Z, Y, X] with visible [B, V] and hidden [B, H] tokens."""
-        plan = self.config.plan
-        latent = self.encoder(views, visible)
-        features = self.decoder(latent, visible, hidden)
-        prediction = self.decoder.predict(features[:, visible.shape[1] :])
-        targets = hidden_targets(views, hidden, plan.token, self.config.loss.normalise_targets)
-        return LevelOutput(features, prediction, mean_squared(prediction - targets))
+        return self.run_levels([views], [visible], [hidden])[0]
+
+    def run_levels(
+        self, views: Sequence[Tensor], visible: Sequence[Tensor], hidden: Sequence[Tensor]
+    ) -> list[LevelOutput]:
+        """`run_level` for every level at once: plans do not depend on features, so no level waits for another."""
+        latents = self.encoder.encode_groups(views, visible)
+        features = self.decoder.decode_groups(latents, visible, hidden)
+        kept = [found[:, shown.shape[1] :] for found, shown in zip(features, visible, strict=True)]
+        rows = torch.cat([part.flatten(0, 1) for part in kept])
+        predicted = torch.split(self.decoder.predict(rows), [masked.numel() for masked in hidden])
+        outputs = []
+        for level_views, masked, found, flat in zip(views, hidden, features, predicted, strict=True):
+            prediction = flat.view(*masked.shape, -1)
+            targets = hidden_targets(level_views, masked, self.config.plan.token, self.config.loss.normalise_targets)
+            outputs.append(LevelOutput(found, prediction, mean_squared(prediction - targets)))
+        return outputs
 
     def align(self, features: Sequence[Tensor], levels: Sequence[TensorLevel]) -> dict[str, Tensor]:
         """The alignment losses by name, from every level's decoder features (visible tokens first)."""

@@ -3,6 +3,8 @@
 B views, V visible and H hidden tokens, C the encoder's width, D the decoder's.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -43,13 +45,23 @@ class Decoder(nn.Module):
         Returns:
             [B, V + H, D], visible tokens first, in the orders given: so the hidden ones are one slice.
         """
-        shown = self.embed(latent)
-        tokens = torch.cat([shown, self.mask_token.to(shown.dtype).expand(*hidden.shape, -1)], dim=1)
-        tokens = tokens + self.position_table[torch.cat([visible, hidden], dim=1)]
+        return self.decode_groups([latent], [visible], [hidden])[0]
+
+    def decode_groups(
+        self, latents: Sequence[Tensor], visible: Sequence[Tensor], hidden: Sequence[Tensor]
+    ) -> list[Tensor]:
+        """`forward` for groups of views that differ in V and H, all in one call: V + H is the same for all."""
+        groups = zip(latents, visible, hidden, strict=True)
+        tokens = torch.cat([self._fill(*group) for group in groups])
         for block in self.blocks:
             tokens = run_block(block, tokens, recompute=self.recompute)
-        result: Tensor = self.norm(tokens)
-        return result
+        return list(torch.split(self.norm(tokens), [len(latent) for latent in latents]))
+
+    def _fill(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
+        """Mask tokens at hidden places, and every token's place added."""
+        shown = self.embed(latent)
+        tokens = torch.cat([shown, self.mask_token.to(shown.dtype).expand(*hidden.shape, -1)], dim=1)
+        return tokens + self.position_table[torch.cat([visible, hidden], dim=1)]
 
     def predict(self, features: Tensor) -> Tensor:
         """Features [B, any, D] -> each token's voxels [B, any, z*y*x], row-major."""

@@ -1,11 +1,14 @@
 """The hybrid encoder: convolution stages that halve the grid, then a transformer on visible tokens (method: 2.1).
 
-This is the reference path: the stages run on the whole grid, with hidden positions kept out of visible ones.
-B views, Z Y X voxels of a view, L tokens of it, V visible ones, C the transformer's width.
+With a mask, the stages run on visible tokens only, packed side by side; hidden positions are not computed. Without one
+they run on the whole grid. `stage_rows` also runs masked whole grids: the reference that the packed path must equal.
+B views, Z Y X voxels of a view, L tokens of it, V visible ones, T those of all views, C the transformer's width.
 """
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from mim_scale.config import ModelConfig
@@ -19,9 +22,10 @@ from mim_scale.models.blocks import (
     initialise,
     run_block,
 )
-from mim_scale.models.patches import gather_tokens, split_blocks, visible_grid
+from mim_scale.models.packed import places
+from mim_scale.models.patches import gather_tokens, patchify, split_blocks, visible_grid
 from mim_scale.models.positions import position_table
-from mim_scale.store.geometry import Size3
+from mim_scale.store.geometry import Size3, size3
 
 
 class HybridEncoder(nn.Module):
@@ -36,7 +40,8 @@ class HybridEncoder(nn.Module):
         """Build for views and tokens of so many voxels; `recompute` trades time for memory in every block."""
         super().__init__()
         self.view = view
-        self.grid: Size3 = (view[0] // token[0], view[1] // token[1], view[2] // token[2])
+        self.token = token
+        self.grid = size3(length // size for length, size in zip(view, token, strict=True))
         self.recompute = recompute
         *stage_widths, width = config.widths
         self.embeds = nn.ModuleList(
@@ -68,8 +73,29 @@ class HybridEncoder(nn.Module):
         Raises:
             ConfigError: the views are not of the size that the encoder was built for.
         """
-        *stages, embedded = self.stage_rows(views, visible)
-        return self._tokens(stages, embedded, visible)
+        if visible is not None:
+            return self.encode_groups([views], [visible])[0]
+        *stages, embedded = self.stage_rows(views, None)
+        return self._tokens(stages, embedded)
+
+    def encode_groups(self, views: Sequence[Tensor], visible: Sequence[Tensor]) -> list[Tensor]:
+        """`forward` for groups of views that differ in V, in as few and large calls as that allows."""
+        shapes = [group.shape for group in visible]
+        rows = torch.cat([self._packed(*group) for group in zip(views, visible, strict=True)])
+        tokens, num_views = self._packed_tokens(visible)
+        fused = rows.new_zeros(len(rows), self.token_embed.out_features)
+        for number, embed in enumerate(self.embeds):
+            rows = embed(rows)
+            if number < len(self.stages):
+                standing = places(tokens, num_views, self.grid, rows.shape[1])
+                for block in self._stage_blocks(number):
+                    rows = run_block(block, rows, None, standing, recompute=self.recompute)
+                fused = fused + self.fusions[number](rows.flatten(1))
+        embedded = self.token_embed(rows.flatten(1))
+        groups = zip(_split(embedded, shapes), _split(fused, shapes), visible, strict=True)
+        placed = [(part + self.position_table[shown], added) for part, added, shown in groups]
+        transformed = self._transform_groups([part for part, _ in placed])
+        return [self.norm(part + added) for part, (_, added) in zip(transformed, placed, strict=True)]
 
     def features(self, views: Tensor) -> list[Tensor]:
         """What a segmentation head reads, nothing hidden: each convolution stage's map, then the token features.
@@ -78,16 +104,12 @@ class HybridEncoder(nn.Module):
             Channels-first maps, finest first: [B, widths[i], Z / 2^(i+1), Y / 2^(i+1), X / 2^(i+1)].
         """
         *stages, embedded = self.stage_rows(views, None)
-        tokens = self._tokens(stages, embedded, None).view(len(views), *self.grid, -1)
+        tokens = self._tokens(stages, embedded).view(len(views), *self.grid, -1)
         return [rows.movedim(-1, 1) for rows in (*stages, tokens)]
 
     def stage_rows(self, views: Tensor, visible: Tensor | None) -> list[Tensor]:
         """Rows [B, z, y, x, widths[i]] after each convolution stage, then of the last embedding, on the token grid."""
-        if views.ndim != 5 or tuple(views.shape[1:]) != (1, *self.view):
-            raise ConfigError(
-                f"views are {list(views.shape)}, this encoder takes [any, 1, {', '.join(map(str, self.view))}]: "
-                "resize or crop to that"
-            )
+        self._check(views)
         shown = None if visible is None else visible_grid(visible, self.grid, views.dtype)
         rows = views.movedim(1, -1)
         result = []
@@ -115,12 +137,45 @@ class HybridEncoder(nn.Module):
         result: Tensor = self.fusions[stage](blocks)
         return result
 
-    def _tokens(self, stages: list[Tensor], embedded: Tensor, visible: Tensor | None) -> Tensor:
-        tokens = self.transform(embedded, visible)
+    def _tokens(self, stages: list[Tensor], embedded: Tensor) -> Tensor:
+        tokens = self.transform(embedded, None)
         for stage, rows in enumerate(stages):
-            tokens = tokens + self.fuse(stage, rows, visible)
+            tokens = tokens + self.fuse(stage, rows, None)
         result: Tensor = self.norm(tokens)
         return result
+
+    def _packed(self, views: Tensor, visible: Tensor) -> Tensor:
+        """The voxels of visible tokens [B * V, z, y, x, 1]."""
+        self._check(views)
+        return gather_tokens(patchify(views, self.token), visible).view(-1, *self.token, 1)
+
+    def _packed_tokens(self, visible: Sequence[Tensor]) -> tuple[Tensor, int]:
+        """(token numbers counted through all views [T], views)."""
+        num_tokens, views, numbers = math.prod(self.grid), 0, []
+        for group in visible:
+            of_view = torch.arange(views, views + len(group), device=group.device) * num_tokens
+            numbers.append((group + of_view[:, None]).flatten())
+            views += len(group)
+        return torch.cat(numbers), views
+
+    def _transform_groups(self, tokens: list[Tensor]) -> list[Tensor]:
+        """Transformer output of [B, V, C] each; those of equal V run side by side."""
+        result = list(tokens)
+        for count in {part.shape[1] for part in tokens}:
+            alike = [index for index, part in enumerate(tokens) if part.shape[1] == count]
+            together = torch.cat([tokens[index] for index in alike])
+            for block in self.blocks:
+                together = run_block(block, together, recompute=self.recompute)
+            for index, part in zip(alike, torch.split(together, [len(tokens[index]) for index in alike]), strict=True):
+                result[index] = part
+        return result
+
+    def _check(self, views: Tensor) -> None:
+        if views.ndim != 5 or tuple(views.shape[1:]) != (1, *self.view):
+            raise ConfigError(
+                f"views are {list(views.shape)}, this encoder takes [any, 1, {', '.join(map(str, self.view))}]: "
+                "resize or crop to that"
+            )
 
     def _stage_blocks(self, number: int) -> Iterable[nn.Module]:
         if number == len(self.stages):
@@ -132,3 +187,9 @@ class HybridEncoder(nn.Module):
 
 def _footprint(token: Size3, stride: int) -> Size3:
     return (token[0] // stride, token[1] // stride, token[2] // stride)
+
+
+def _split(rows: Tensor, shapes: Sequence[torch.Size]) -> list[Tensor]:
+    """Rows [T, C] of groups packed one after another -> [B, V, C] each."""
+    parts = torch.split(rows, [math.prod(shape) for shape in shapes])
+    return [part.view(*shape, -1) for part, shape in zip(parts, shapes, strict=True)]

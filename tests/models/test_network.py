@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from mim_scale.config import Size3
 from mim_scale.errors import ConfigError
@@ -103,11 +104,48 @@ def test_anisotropic_views_have_a_grid_and_table_of_their_own() -> None:
         assert torch.equal(first[0], torch.tensor([0.0, 0.0, 1.0, 1.0]))
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    grid=grids,
+    widths=st.sampled_from([(12,), (3, 12), (5, 7, 24), (4, 6, 8, 12)]),
+    shares=st.lists(st.floats(0, 1), min_size=1, max_size=3),
+    seed=st.integers(0, 1000),
+)
+def test_packed_tokens_equal_masked_whole_grids(
+    grid: Size3, widths: tuple[int, ...], shares: list[float], seed: int
+) -> None:
+    """From one visible token to all, in groups of other counts at once: outputs and every gradient."""
+    torch.manual_seed(seed)
+    stride, tokens = 2 ** len(widths), int(np.prod(grid))
+    encoder = HybridEncoder(model_config(*widths), tuple(stride * size for size in grid), (stride,) * 3).double()
+    counts = [1 + int(share * (tokens - 1)) for share in shares]
+    visible = [random_masks(2, tokens, count, seed + n)[0].flip(1) for n, count in enumerate(counts)]
+    views = [torch.rand(2, 1, *encoder.view, dtype=torch.float64, requires_grad=True) for _ in visible]
+    packed = encoder.encode_groups(views, visible)
+    whole = [masked_whole_grids(encoder, *group) for group in zip(views, visible, strict=True)]
+    inputs = [*views, *encoder.parameters()]
+    weights = [torch.randn_like(group) for group in packed]
+    gradients = [torch.autograd.grad(run, inputs, weights) for run in (packed, whole)]
+    for ours, reference in zip([*packed, *gradients[0]], [*whole, *gradients[1]], strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
+
+
+def masked_whole_grids(encoder: HybridEncoder, views: Tensor, visible: Tensor) -> Tensor:
+    """The reference: every position computed, hidden ones kept out of visible ones by zeros."""
+    *stages, embedded = encoder.stage_rows(views, visible)
+    tokens = encoder.transform(embedded, visible)
+    for number, rows in enumerate(stages):
+        tokens = tokens + encoder.fuse(number, rows, visible)
+    result: Tensor = encoder.norm(tokens)
+    return result
+
+
 def test_all_tokens_shown_equals_nothing_hidden() -> None:
+    """Packed tokens against whole grids: other kernels, so the last digits differ."""
     encoder = HybridEncoder(model_config(4, 6, 12), (16, 16, 16), (8, 8, 8))
     views = torch.rand(2, 1, 16, 16, 16)
     everything = torch.arange(8).expand(2, -1)
-    assert torch.equal(encoder(views), encoder(views, everything))
+    torch.testing.assert_close(encoder(views), encoder(views, everything), rtol=1e-5, atol=1e-5)
     shuffled = everything.flip(1)
     torch.testing.assert_close(encoder(views, shuffled), encoder(views).flip(1), rtol=1e-5, atol=1e-5)
 

@@ -169,7 +169,7 @@ def test_another_member_than_the_pinned_one_is_refused(
 
 
 def test_the_table_is_sound() -> None:
-    assert sum(len(package.scans) for package in PACKAGES) == 8
+    assert sum(len(package.scans) for package in PACKAGES) == 10
     for package in PACKAGES:
         paths = [member.path for member in package.members]
         assert len(set(paths)) == len(paths)
@@ -179,6 +179,7 @@ def test_the_table_is_sound() -> None:
     subjects = {scan.path: scan.subject for package in PACKAGES for scan in package.scans}
     assert subjects["thorax_cta.nii.gz"] == subjects["heart_crop.nii.gz"]
     assert subjects["abdomen.nii.gz"] == subjects["dicom_series"]
+    assert subjects["lung_1.nrrd"] == subjects["lung_2.nrrd"]
 
 
 def test_the_cache_can_be_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

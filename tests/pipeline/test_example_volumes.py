@@ -65,9 +65,9 @@ def _files(cache: Path, scan: str) -> list[Path]:
 def test_all_are_stored_and_patients_are_kept_together(built: tuple[Path, Outcome]) -> None:
     _, outcome = built
     assert outcome.quarantine == ()
-    assert len(outcome.rows) == outcome.num_sources == len(SCANS) == 8
+    assert len(outcome.rows) == outcome.num_sources == len(SCANS) == 10
     assert sorted(row.subject for row in outcome.rows) == sorted(pseudonym("table", name) for name in SCANS.values())
-    assert len({row.subject for row in outcome.rows}) == 6
+    assert len({row.subject for row in outcome.rows}) == 7
     assert {row.source_format for row in outcome.rows} == {"nifti", "nrrd", "dicom"}
 
 
