@@ -1,14 +1,15 @@
-"""Seconds of a forward and backward pass of the demo network, with and without checkpointing: `make bench`."""
+"""Seconds of a forward and backward pass of the demo network, under each checkpointing policy: `make bench`."""
 
 import platform
 import statistics
 import time
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
 
-from mim_scale.config import PretrainConfig
+from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.config_file import load_config
 from mim_scale.methods.build import build_method
 from mim_scale.sampling.plan import plan
@@ -26,7 +27,7 @@ def main() -> None:
     print(
         f"{platform.machine()}, torch {torch.__version__}, one thread, {SAMPLES} samples, {RUNS} runs after one warm-up"
     )
-    for policy in ("none", "all"):
+    for policy in get_args(Checkpointing):
         config = load_config(PretrainConfig, CONFIG, [f"train.activation_checkpointing={policy}"])
         module, batch = build_method(config), to_device(_batch(config), torch.device("cpu"))
         seconds = []

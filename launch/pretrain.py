@@ -54,4 +54,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    # Gloo's threads outlive their process group and were seen to abort a rank (code -6) whose run had ended well.
+    exit_with(main, skip_teardown=True)

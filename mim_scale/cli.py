@@ -4,12 +4,19 @@ import argparse
 import importlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from mim_scale import __version__
 from mim_scale.config import BuildConfig
 from mim_scale.config_file import check_config
-from mim_scale.errors import exit_with
+from mim_scale.errors import ConfigError, exit_with
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one line, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; `{self.prog} --help` has the usage")
 
 
 def main() -> None:
@@ -25,15 +32,15 @@ def run(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="mim-scale", description="An archive of CT in, pre-trained 3D network weights out."
-    )
+    parser = _Parser(prog="mim-scale", description="An archive of CT in, pre-trained 3D network weights out.")
     parser.add_argument("--version", action="version", version=f"mim-scale {__version__}")
     verbs = parser.add_subparsers(title="verbs", required=True, metavar="VERB")
 
     example = verbs.add_parser("example-data", help="fetch a few real CT volumes to try things with")
     example.add_argument(
-        "--cache", type=Path, help="folder to keep them in (default: $MIM_SCALE_CACHE or ~/.cache/mim-scale)"
+        "--cache",
+        type=Path,
+        help="folder to keep them in (default: $MIM_SCALE_CACHE or ~/.cache/mim-scale/example-data)",
     )
     example.set_defaults(verb=_example_data)
 
@@ -58,7 +65,7 @@ def _add_data_verbs(data: Any) -> None:
     build.add_argument("source", type=Path)
     build.add_argument("store", type=Path)
     build.add_argument(
-        "--spacing", type=float, nargs="+", metavar="MM", help="resample: one number, or z y x (default: native)"
+        "--spacing", type=_spacing, metavar="MM", help="resample: one number, or z,y,x (default: native)"
     )
     build.add_argument(
         "--min-slices", type=int, default=16, help="thinner volumes are quarantined (default: %(default)s)"
@@ -88,12 +95,22 @@ def _example_data(options: argparse.Namespace) -> int:
     return _data("example_data", options.cache)
 
 
+def _spacing(text: str) -> list[float]:
+    """`2` or `2.5,0.8,0.8`: millimetres along z, y, x."""
+    try:
+        numbers = [float(number) for number in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in {1, 3}:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither one number nor three (z,y,x)")
+    return numbers * 3 if len(numbers) == 1 else numbers
+
+
 def _build(options: argparse.Namespace) -> int:
-    spacing = options.spacing[0] if options.spacing and len(options.spacing) == 1 else options.spacing
     values = {
         "source": str(options.source),
         "store": str(options.store),
-        "spacing": spacing,
+        "spacing": options.spacing,
         "min_slices": options.min_slices,
         "executor": options.executor,
         "workers": options.workers,

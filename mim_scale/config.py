@@ -28,6 +28,7 @@ def _as_spacing(value: Any) -> Any:
     return _as_tuple(value)
 
 
+Checkpointing = Literal["none", "stem", "all"]
 Positive = Annotated[int, Field(gt=0)]
 Size = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_as_size)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
@@ -235,7 +236,9 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"]
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
-    activation_checkpointing: Literal["none", "all"] = "all"
+    activation_checkpointing: Checkpointing = "all"
+    """Blocks that keep only their input and run again in the backward pass: none, the convolution stages' (most of the
+    memory), or all. Numbers do not change."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

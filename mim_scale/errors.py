@@ -12,9 +12,11 @@
 A message is one line: what is wrong, where, what to do.
 """
 
+import os
 import sys
 import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 EXIT_REQUEUE = 75
 """The run was asked to stop, saved itself, and goes on when started again."""
@@ -58,18 +60,32 @@ class DivergedError(MimScaleError):
     exit_code = 1
 
 
-def exit_with(main: Callable[[], int]) -> None:
-    """Run main and end the process with its code; a user's mistake is one line, our bug a traceback."""
+def exit_with(main: Callable[[], int], skip_teardown: bool = False) -> NoReturn:
+    """Run main and end the process with its code; a user's mistake is one line, our bug a traceback.
+
+    `skip_teardown` leaves without taking the interpreter down: for programs whose libraries keep threads that may abort
+    the process when they meet a dying interpreter, after all work is done and saved.
+    """
+    code = _code_of(main)
+    if skip_teardown:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _code_of(main: Callable[[], int]) -> int:
     try:
-        code = main()
+        return main()
     except MimScaleError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
-        code = error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         print("interrupted: start the same command again to go on", file=sys.stderr, flush=True)
-        code = 130
+        return 130
+    except SystemExit as leaving:
+        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception:
         traceback.print_exc()
         print("This is a bug of mim-scale: please report it with the lines above.", file=sys.stderr, flush=True)
-        code = 1
-    sys.exit(code)
+        return 1

@@ -62,11 +62,11 @@ class MaskInMask(nn.Module):
         super().__init__()
         self.config = config
         plan, model, loss = config.plan, config.model, config.loss
-        recompute = config.train.activation_checkpointing == "all"
+        checkpointing = config.train.activation_checkpointing
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.encoder = HybridEncoder(model, plan.view, plan.token, recompute)
-            self.decoder = Decoder(model, plan.grid, plan.token, recompute)
+            self.encoder = HybridEncoder(model, plan.view, plan.token, checkpointing)
+            self.decoder = Decoder(model, plan.grid, plan.token, recompute=checkpointing == "all")
             self.alignment = nn.ModuleDict()
             if loss.alignment != "none":
                 for number, weight in enumerate(loss.alignment_weights, start=1):

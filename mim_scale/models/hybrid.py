@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mim_scale.config import ModelConfig
+from mim_scale.config import Checkpointing, ModelConfig
 from mim_scale.errors import ConfigError
 from mim_scale.models.blocks import (
     TOKEN_EPS,
@@ -36,13 +36,13 @@ class HybridEncoder(nn.Module):
 
     position_table: Tensor
 
-    def __init__(self, config: ModelConfig, view: Size3, token: Size3, recompute: bool = False) -> None:
-        """Build for views and tokens of so many voxels; `recompute` trades time for memory in every block."""
+    def __init__(self, config: ModelConfig, view: Size3, token: Size3, checkpointing: Checkpointing = "none") -> None:
+        """Build for views and tokens of so many voxels; `checkpointing` names the blocks that trade time for memory."""
         super().__init__()
         self.view = view
         self.token = token
         self.grid = size3(length // size for length, size in zip(view, token, strict=True))
-        self.recompute = recompute
+        self.recompute_stem, self.recompute_blocks = checkpointing != "none", checkpointing == "all"
         *stage_widths, width = config.widths
         self.embeds = nn.ModuleList(
             PatchEmbed(before, after) for before, after in zip((1, *stage_widths), config.widths, strict=True)
@@ -89,7 +89,7 @@ class HybridEncoder(nn.Module):
             if number < len(self.stages):
                 standing = places(tokens, num_views, self.grid, rows.shape[1])
                 for block in self._stage_blocks(number):
-                    rows = run_block(block, rows, None, standing, recompute=self.recompute)
+                    rows = run_block(block, rows, None, standing, recompute=self.recompute_stem)
                 fused = fused + self.fusions[number](rows.flatten(1))
         embedded = self.token_embed(rows.flatten(1))
         groups = zip(_split(embedded, shapes), _split(fused, shapes), visible, strict=True)
@@ -116,7 +116,7 @@ class HybridEncoder(nn.Module):
         for number, embed in enumerate(self.embeds):
             rows = embed(rows)
             for block in self._stage_blocks(number):
-                rows = run_block(block, rows, shown, recompute=self.recompute)
+                rows = run_block(block, rows, shown, recompute=self.recompute_stem)
             result.append(rows)
         return result
 
@@ -126,7 +126,7 @@ class HybridEncoder(nn.Module):
         if visible is not None:
             tokens = gather_tokens(tokens, visible)
         for block in self.blocks:
-            tokens = run_block(block, tokens, recompute=self.recompute)
+            tokens = run_block(block, tokens, recompute=self.recompute_blocks)
         return tokens
 
     def fuse(self, stage: int, rows: Tensor, visible: Tensor | None) -> Tensor:
@@ -165,7 +165,7 @@ class HybridEncoder(nn.Module):
             alike = [index for index, part in enumerate(tokens) if part.shape[1] == count]
             together = torch.cat([tokens[index] for index in alike])
             for block in self.blocks:
-                together = run_block(block, together, recompute=self.recompute)
+                together = run_block(block, together, recompute=self.recompute_blocks)
             for index, part in zip(alike, torch.split(together, [len(tokens[index]) for index in alike]), strict=True):
                 result[index] = part
         return result

@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline import commands
 from mim_scale.cli import run
+from mim_scale.config import BuildConfig
 from mim_scale.errors import SourceError, StoreError
 from tests.pipeline.sources import Series, config, phantom, with_tags, write_image, write_series
 
@@ -71,12 +72,24 @@ def test_mistakes_raise_the_errors_that_end_with_exit_2(source: Path, tmp_path: 
 
 
 def test_a_mistake_on_the_command_line_is_one_line_and_exit_2(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "mim_scale.cli", "data", "scan", str(tmp_path / "gone")]
-    command = [sys.executable, "-c", "from mim_scale.cli import main; main()", *command[3:]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert done.stderr.startswith("error: ")
+    gone = str(tmp_path / "gone")
+    for words in (["scan", gone], ["scann", gone], ["build", gone], ["build", "--spacing", "2,1", gone, gone]):
+        command = [sys.executable, "-c", "from mim_scale.cli import main; main()", "data", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2
+        assert done.stderr.count("\n") == 1
+        assert done.stderr.startswith("error: ")
+
+
+@pytest.mark.parametrize(("text", "spacing"), [("2", (2.0, 2.0, 2.0)), ("2.5,0.8,0.9", (2.5, 0.8, 0.9))])
+def test_spacing_stands_before_or_after_the_folders(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, spacing: tuple[float, ...]
+) -> None:
+    seen: list[BuildConfig] = []
+    monkeypatch.setattr(commands, "build", lambda config: seen.append(config) or 0)
+    for words in (["--spacing", text, "in", "out"], ["in", "out", "--spacing", text]):
+        assert run(["data", "build", *words]) == 0
+    assert [found.spacing for found in seen] == [spacing, spacing]
 
 
 def test_the_launcher_takes_overrides_and_refuses_unknown_keys(tmp_path: Path) -> None:
