@@ -84,6 +84,15 @@ def test_one_and_two_ranks(one_rank: Path, two_ranks: Path) -> None:
     assert_close(one_rank, two_ranks)
 
 
+@pytest.mark.ray
+def test_batches_through_ray_on_two_ranks(two_ranks: Path, config_path: Path, tmp_path: Path) -> None:
+    """One cluster, started by the first rank and joined by the second, gone at the end; not one bit differs."""
+    job = pretrain(torchrun(2), config_path, tmp_path / "run", "data.transport=ray")
+    assert job.returncode == 0, job.stderr
+    ours, theirs = weights(tmp_path / "run"), weights(two_ranks)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_another_number_of_ranks_and_another_stage_go_on(one_rank: Path, config_path: Path, tmp_path: Path) -> None:
     """1 rank at stage 1, then 2 at stage 3, then 1 without DeepSpeed: each stopped by a signal, each taking over."""
     output = tmp_path / "run"
