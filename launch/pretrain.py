@@ -12,6 +12,8 @@ Ends with 0 (done), 2 (a mistake in settings or paths), 3 (data damaged), 75 (as
 
 import argparse
 import os
+import socket
+import sys
 import time
 from pathlib import Path
 
@@ -45,6 +47,9 @@ def main() -> int:
         deadline = time.monotonic() + RANK_0_SPEAKS_S
         while not stop.is_set and time.monotonic() < deadline:
             time.sleep(0.05)
+        if not stop.is_set:
+            # Rank 0 has no such error: this machine differs.
+            print(f"error: rank {placement.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     # One thread a rank, set before torch is imported: numbers must not depend on how many cores a machine has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -123,3 +123,7 @@ def _export(options: argparse.Namespace) -> int:
 
     print(export(options.run, options.folder))
     return 0
+
+
+if __name__ == "__main__":
+    main()

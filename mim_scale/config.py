@@ -33,7 +33,8 @@ Positive = Annotated[int, Field(gt=0)]
 Size = Annotated[tuple[Positive, Positive, Positive], BeforeValidator(_as_size)]
 Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(_as_tuple)]
+Weights = Annotated[tuple[Rate, ...], BeforeValidator(_as_tuple)]
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 Ints = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 Spacing = Annotated[
     tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]],
@@ -44,7 +45,7 @@ Spacing = Annotated[
 class Section(BaseModel):
     """A group of settings: frozen, no unknown key, no silent conversion."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class DataConfig(Section):
@@ -204,9 +205,9 @@ class LossConfig(Section):
 
     normalise_targets: bool
     """Normalise each target token by its own mean and variance."""
-    level_weights: Floats
+    level_weights: Weights
     alignment: Literal["none", "infonce", "cosine"]
-    alignment_weights: Floats
+    alignment_weights: Weights
     """One weight for each pair of neighbouring levels."""
     temperature: Annotated[float, Field(gt=0)] = 1.0
     """Only infonce reads it."""
@@ -215,12 +216,12 @@ class LossConfig(Section):
 class OptimizerConfig(Section):
     """AdamW with linear warm-up and cosine decay; every rate is a function of the step."""
 
-    learning_rate: Annotated[float, Field(gt=0)]
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
     learning_rate_batch: Positive
     """The batch, in samples, that learning_rate is stated for; it scales linearly with train.batch."""
     warmup_steps: Annotated[int, Field(ge=0)]
     final_learning_rate: Rate
-    betas: Annotated[tuple[float, float], BeforeValidator(_as_tuple)]
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(_as_tuple)]
     weight_decay: Rate
     clip_norm: Annotated[float, Field(gt=0)] | None
     """Global gradient norm above which the gradient is scaled down; null for never."""

@@ -110,7 +110,7 @@ def _step_into(values: Any, name: str, override: str) -> Any:
 
 
 def _list_index(values: list[Any], name: str, override: str) -> int:
-    if not name.isdigit() or int(name) >= len(values):
+    if not name.isdecimal() or int(name) >= len(values):
         raise ConfigError(
             f"override {override!r}: {name} is no index of a list of {len(values)} (0 to {len(values) - 1})"
         )

@@ -6,8 +6,10 @@
     +-- StoreError           2   a store is missing, uncommitted, or not the one expected
     |   +-- DamagedError     3   bytes that were committed no longer match their checksum
     +-- CheckpointError      2   no checkpoint can be used, or it belongs to another run
+    |   +-- OtherVersionError 2  a whole one, of another version of the format
     +-- ClusterError         2   Ray or the ranks cannot be reached or started
     +-- DivergedError        1   the loss is not finite
+    +-- BugError             1   our bug on one rank, told to the others
 
 A message is one line: what is wrong, where, what to do.
 """
@@ -50,8 +52,18 @@ class CheckpointError(MimScaleError):
     """No checkpoint can be used, or it belongs to another run."""
 
 
+class OtherVersionError(CheckpointError):
+    """A whole checkpoint, written by another version of the format."""
+
+
 class ClusterError(MimScaleError):
     """Ray, or the other ranks, cannot be reached or started."""
+
+
+class BugError(MimScaleError):
+    """What one rank met is our bug; the other ranks end with it."""
+
+    exit_code = 1
 
 
 class DivergedError(MimScaleError):
@@ -78,14 +90,21 @@ def _code_of(main: Callable[[], int]) -> int:
     try:
         return main()
     except MimScaleError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
+        line, code = f"error: {error}", error.exit_code
+    except BrokenPipeError:
+        # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that the interpreter's last flush finds a reader
+        line, code = "", 141
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        line, code = f"error: {where}{error.strerror or error}; mend that and start again", 2
     except KeyboardInterrupt:
-        print("interrupted: start the same command again to go on", file=sys.stderr, flush=True)
-        return 130
+        line, code = "interrupted: start the same command again to go on", 130
     except SystemExit as leaving:
-        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
+        line, code = "", leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception:
         traceback.print_exc()
-        print("This is a bug of mim-scale: please report it with the lines above.", file=sys.stderr, flush=True)
-        return 1
+        line, code = "This is a bug of mim-scale: please report it with the lines above.", 1
+    if line:
+        print(line, file=sys.stderr, flush=True)
+    return code

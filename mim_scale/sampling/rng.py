@@ -51,8 +51,3 @@ def below(word: int, limit: int) -> int:
 def permutation(of_words: NDArray[np.uint64]) -> NDArray[np.int64]:
     """The order that sorts the words along the last axis, ties by place: a uniform permutation of 0 to n - 1."""
     return np.argsort(of_words, axis=-1, kind="stable")
-
-
-def uniforms(of_words: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """Words turned into numbers in [0, 1), 53 bits each."""
-    return (of_words >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,8 @@ PENDING = ".next"
 """A table whose record is being written stands beside the old one with this suffix; readers go by the record's hash."""
 
 _OPEN_VOLUMES = 256
+_COUNTS = ("num_volumes", "num_subjects", "num_quarantined")
+_RECORD_KEYS = ("fingerprint", *_COUNTS, "files", "build_config", "build_config_digest")
 
 Table = TypeVar("Table")
 
@@ -45,10 +47,13 @@ def volume_folder(path: Path, key: str) -> Path:
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """SHA-256, as hex, over format version and sorted (key, content hash): equal data, equal fingerprint."""
+    """SHA-256, as hex, over format version and sorted (key, content hash, subject): equal data, equal fingerprint.
+
+    The subject counts because the split goes by it, and with the split the order.
+    """
     digest = hashlib.sha256(f"mim-scale dataset {FORMAT_VERSION}\n".encode())
-    for key, content in sorted((row.key, row.content_hash) for row in rows):
-        digest.update(f"{key} {content}\n".encode())
+    for key, content, subject in sorted((row.key, row.content_hash, row.subject) for row in rows):
+        digest.update(f"{key} {content} {subject}\n".encode())
     return digest.hexdigest()
 
 
@@ -81,8 +86,7 @@ def commit_dataset(
         "format": "mim-scale dataset",
         "format_version": FORMAT_VERSION,
         "fingerprint": fingerprint(rows),
-        "num_volumes": len(rows),
-        "num_subjects": len({row.subject for row in rows}),
+        **_counts(rows),
         "num_quarantined": len(quarantine),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()},
         "build_config": build_config_values,
@@ -131,10 +135,25 @@ class Dataset:
         """
         path = Path(path)
         record = read_record(path)
-        rows = read_table(path, record, MANIFEST, read_rows)
-        if fingerprint(rows) != record["fingerprint"]:
-            raise DamagedError(f"{path}: {RECORD} names another fingerprint than {MANIFEST} has; build the store again")
-        return cls(path, record, rows)
+        try:
+            rows = read_table(path, record, MANIFEST, read_rows)
+        except DamagedError:
+            # A commit may have come between the two readings: then the record is another one now.
+            if (newer := read_record(path)) == record:
+                raise
+            record, rows = newer, read_table(path, newer, MANIFEST, read_rows)
+        dataset = cls(path, record, rows)
+        held = {
+            "fingerprint": fingerprint(rows),
+            **_counts(rows),
+            "build_config_digest": _digest(record["build_config"]),
+        }
+        for name, value in held.items():
+            if record[name] != value:
+                raise DamagedError(
+                    f"{path}: {RECORD} says {name} {record[name]}, but it is {value}; build the store again"
+                )
+        return dataset
 
     @property
     def fingerprint(self) -> str:
@@ -192,7 +211,7 @@ def read_record(path: Path) -> dict[str, Any]:
         raise StoreError(
             f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build the store again with it"
         )
-    missing = [key for key in ("fingerprint", "files", "build_config", "build_config_digest") if key not in record]
+    missing = [key for key in _RECORD_KEYS if key not in record]
     if missing:
         raise DamagedError(f"{path}: {RECORD} lacks {missing[0]}; build the store again")
     return record
@@ -204,12 +223,17 @@ def read_table(path: Path, record: dict[str, Any], name: str, read: Callable[[Pa
     Raises:
         DamagedError: neither the file nor the one that stands beside it during a commit has the record's hash.
     """
-    expected = record["files"].get(name)
+    files = record["files"]
+    expected = files.get(name) if isinstance(files, dict) else None
     for file in (path / name, path / (name + PENDING)):
         if file.is_file() and sha256_file(file) == expected:
             return read(file)
     state = "does not have the hash that the record names" if (path / name).is_file() else "is missing"
     raise DamagedError(f"{path}: {name} {state}; build the store again")
+
+
+def _counts(rows: Sequence[Row]) -> dict[str, int]:
+    return {"num_volumes": len(rows), "num_subjects": len({row.subject for row in rows})}
 
 
 def _digest(values: dict[str, Any]) -> str:

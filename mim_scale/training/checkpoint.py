@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mim_scale.commit import TEMPORARY, publish_folder, sha256_file, temporary_beside, write_file
-from mim_scale.errors import CheckpointError
+from mim_scale.errors import CheckpointError, OtherVersionError
 
 FORMAT_VERSION = 1
 WEIGHTS = "weights.safetensors"
@@ -102,6 +102,8 @@ class CheckpointFolder:
         for folder in self.folders():
             try:
                 checkpoint = read_checkpoint(folder)
+            except OtherVersionError:
+                raise
             except CheckpointError as error:
                 damaged.append(folder.name)
                 tell(f"checkpoint skipped: {error}")
@@ -165,8 +167,9 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     if not isinstance(record, dict) or record.pop("digest", None) != _digest(record):
         raise CheckpointError(f"{folder}: {RECORD} was changed after it was written")
     if record["format_version"] != FORMAT_VERSION:
-        raise CheckpointError(
-            f"{folder}: format version {record['format_version']}, this program reads {FORMAT_VERSION}"
+        raise OtherVersionError(
+            f"{folder}: format version {record['format_version']}, this program reads {FORMAT_VERSION}; go on with the "
+            "program that wrote it, or choose another output"
         )
     for name, expected in record["files"].items():
         if not (folder / name).is_file():

@@ -4,6 +4,7 @@ Everything but weights, moments and the step is a function of (config, step); so
 checkpoint, on any number of ranks, and asking the stream for the next positions.
 """
 
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
-from mim_scale.errors import EXIT_REQUEUE, StoreError
+from mim_scale.errors import EXIT_REQUEUE, DivergedError, StoreError
 from mim_scale.methods.build import build_method
 from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import Dataset
@@ -168,12 +169,24 @@ def _measure(run: _Run, step: int) -> None:
     if not run.held_out.is_due(step):
         return
     values = run.held_out.measure(run.engine.module)
+    if not math.isfinite(math.fsum(values.values())):
+        run.ranks.fail(
+            DivergedError(
+                f"step {step}: the held-out loss is not finite; the last checkpoint is from before it: lower "
+                "optimizer.learning_rate, or set optimizer.clip_norm, in a new output folder"
+            )
+        )
     run.records.row("held_out", step, held_out=values)
     levels = range(1, len(run.config.plan.levels) + 1)
-    shares = ", ".join(f"{values[f'level_{n}'] / values[f'trivial_{n}']:.2f}" for n in levels)
+    shares = ", ".join(_share(values[f"level_{n}"], values[f"trivial_{n}"]) for n in levels)
     run.progress.say(
         f"step {step}: held-out loss {values['loss']:.4f}; levels as shares of the trivial predictor's: {shares}"
     )
+
+
+def _share(loss: float, trivial: float) -> str:
+    """A ratio for people; held-out views of nothing but air leave the trivial predictor no error."""
+    return f"{loss / trivial:.2f}" if trivial else "-"
 
 
 def _save(run: _Run, step: int) -> None:

@@ -1,7 +1,6 @@
 """What people would rather look at than read: reconstructions at each level, the loss beside the trivial one."""
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,6 @@ from mim_scale.methods.mask_in_mask import LevelPreview
 COLUMNS = ("input", "what the network sees", "reconstruction", "error")
 ERROR_RANGE = 0.25
 """Largest error drawn, as a share of the intensity window."""
-
-
-def read_rows(journal: Path) -> list[dict[str, Any]]:
-    """The rows of a journal."""
-    return [json.loads(line) for line in journal.read_text().splitlines()]
 
 
 def draw_reconstruction(levels: Sequence[LevelPreview], title: str, path: Path) -> None:

@@ -9,6 +9,8 @@ import contextlib
 import os
 import socket
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -20,13 +22,18 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-from mim_scale.errors import ClusterError, MimScaleError
+from mim_scale.errors import BugError, ClusterError, MimScaleError
 from mim_scale.training.placement import Placement, exported
+from mim_scale.training.stop import signals_end_the_process
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=15)
 """How long a rank waits for the others, at the start and in every exchange: longer than a slow disk takes."""
+
+
+PATIENCE_S = 20.0
+"""How long a rank waits for the others without a word."""
 
 
 class AllRanksEnd(SystemExit):
@@ -91,6 +98,12 @@ class Ranks:
         except MimScaleError as error:
             self.agree(error)
             raise
+        except Exception as bug:
+            # The others must not wait for this rank; its own traceback says the rest.
+            if self.world > 1:
+                traceback.print_exc()
+                self.agree(BugError(f"rank {self.rank}: {type(bug).__name__}, see the lines above; please report it"))
+            raise
         self.agree(None)
         return result
 
@@ -149,10 +162,15 @@ def joined(placement: Placement) -> Iterator[Ranks]:
 
 def _meet(placement: Placement, device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if placement.world == 1:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        return
+    patience = threading.Timer(PATIENCE_S, _say_waiting, [placement])
+    patience.daemon = True
+    patience.start()
     try:
-        if placement.world == 1:
-            dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
-        else:
+        # The wait is not Python's: a signal that is only remembered would not be heard until the others came.
+        with signals_end_the_process():
             dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise ClusterError(
@@ -160,6 +178,17 @@ def _meet(placement: Placement, device: torch.device) -> None:
             f"{placement.address}:{placement.port} from {socket.gethostname()}: {_short(error)}; "
             "check that all ranks started and that the port is open"
         ) from None
+    finally:
+        patience.cancel()
+
+
+def _say_waiting(placement: Placement) -> None:
+    print(
+        f"rank {placement.rank} of {placement.world} on {socket.gethostname()} waits for the others at "
+        f"{placement.address}:{placement.port} (up to {TIMEOUT.seconds // 60} min)",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def is_lost_peer(error: BaseException) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from safetensors import SafetensorError
 from torch import Tensor
 
 from mim_scale.config import PretrainConfig
@@ -14,7 +15,7 @@ from mim_scale.config_file import config_values, digest_config
 from mim_scale.errors import CheckpointError, StoreError
 from mim_scale.methods.mask_in_mask import LevelPreview
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
-from mim_scale.training.journal import Journal
+from mim_scale.training.journal import Journal, read_journal
 from mim_scale.training.run_folder import (
     CHECKPOINTS,
     JOURNAL,
@@ -127,9 +128,12 @@ class Records:
         try:
             self._journal.sync()
             self._checkpoints.save(step, weights, moments, facts)
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
+            # The library wraps a full disk in an error of its own.
+            self._checkpoints.remove_leftovers()
             raise CheckpointError(
-                f"{self._checkpoints.path}: the checkpoint of step {step} was not saved: {error.strerror or error}; "
+                f"{self._checkpoints.path}: the checkpoint of step {step} was not saved: "
+                f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())}; "
                 "make room, then start the same command again"
             ) from None
 
@@ -137,12 +141,12 @@ class Records:
         """Write the reconstructions of (volume key, levels) and the loss curve into `pictures/`; rank 0 only."""
         if self._journal is None:
             return
-        from mim_scale.training.pictures import draw_loss_curve, draw_reconstruction, read_rows
+        from mim_scale.training.pictures import draw_loss_curve, draw_reconstruction
 
         folder = self._output / PICTURES
         for number, (key, levels) in enumerate(previews, start=1):
             draw_reconstruction(levels, f"held-out volume {key}", folder / f"reconstruction_{number}.png")
-        draw_loss_curve(read_rows(self._journal.path), folder / "loss.png")
+        draw_loss_curve(read_journal(self._journal.path), folder / "loss.png")
         for path in sorted(folder.glob("*.png")):
             self._tracker.image(path)
 

@@ -53,8 +53,9 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
         CheckpointError: there is no whole checkpoint, it does not fit its own config, or `folder` holds something else.
     """
     checkpoint = _find(run_or_checkpoint)
-    if folder.exists() and not (folder / RECORD).is_file() and (not folder.is_dir() or any(folder.iterdir())):
-        raise CheckpointError(f"{folder}: is there already and is no export; name another folder")
+    folder = folder.resolve()
+    if folder.exists() and not _may_be_replaced(folder):
+        raise CheckpointError(f"{folder}: is there already and is no export, or holds more; name another folder")
     config = _config_of(checkpoint)
     encoder = HybridEncoder(config.model, config.plan.view, config.plan.token)
     weights = {
@@ -99,6 +100,20 @@ def load_encoder(path: str | Path) -> HybridEncoder:
     loaded = len(encoder.state_dict())
     print(f"{folder}: {loaded} tensors loaded, 0 missing, {len(unexpected)} unexpected{_some(unexpected)}", flush=True)
     return encoder.eval()
+
+
+def _may_be_replaced(folder: Path) -> bool:
+    """Whether a folder is empty, or an export of ours with nothing of anybody else's in it."""
+    if not folder.is_dir():
+        return False
+    names = {entry.name for entry in folder.iterdir()}
+    if not names:
+        return True
+    try:
+        _read_record(folder)
+    except CheckpointError:
+        return False
+    return names <= {RECORD, WEIGHTS}
 
 
 def _find(path: Path) -> Checkpoint:

@@ -41,6 +41,12 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
         ("model.heads=5", "widths[-1] 96 is not a multiple of its heads 5"),
         ("loss.level_weights=[1]", "loss.level_weights has 1 numbers"),
         ("data.window_hu=[1, 0]", "window_hu [1.0, 0.0] is empty"),
+        ("data.window_hu=[.nan, 0]", "window_hu.0 is nan"),
+        ("optimizer.learning_rate=.inf", "learning_rate is inf"),
+        ("optimizer.learning_rate=1e30", "learning_rate is 1e+30"),
+        ("optimizer.betas=[2, 3]", "optimizer.betas.0 is 2"),
+        ("loss.level_weights=[-1, 1, 1]", "loss.level_weights.0 is -1"),
+        ("plan.levels.².views=2", "² is no index of a list of 3"),
         ("optimizer.warmup_steps=100000", "leaves nothing of train.steps"),
         ("seed=-1", "seed is -1"),
         ("train=3", "train is 3"),
@@ -81,8 +87,8 @@ def test_a_missing_file_is_named(tmp_path: Path) -> None:
 
 @given(st.floats(min_value=1e-8, max_value=1e8))
 def test_numbers_mean_numbers_in_every_notation(value: float) -> None:
-    config = load_config(PretrainConfig, DEMO, [f"optimizer.learning_rate={value!r}"])
-    assert config.optimizer.learning_rate == value
+    config = load_config(PretrainConfig, DEMO, [f"optimizer.weight_decay={value!r}"])
+    assert config.optimizer.weight_decay == value
 
 
 def test_a_changed_result_changes_the_digest() -> None:

@@ -59,11 +59,20 @@ def test_light_modules_stay_light(module: str, allowed: tuple[str, ...]) -> None
 
 @pytest.mark.parametrize(
     ("error", "code"),
-    [(ConfigError("bad"), 2), (DamagedError("bad"), 3), (KeyboardInterrupt(), 130), (ValueError("bug"), 1)],
+    [
+        (ConfigError("bad"), 2),
+        (DamagedError("bad"), 3),
+        (FileNotFoundError(2, "no such file", "a/b"), 2),
+        (BrokenPipeError(), 141),
+        (KeyboardInterrupt(), 130),
+        (SystemExit(75), 75),
+        (ValueError("bug"), 1),
+    ],
 )
 def test_an_error_ends_in_one_line_and_its_code(
-    error: BaseException, code: int, capsys: pytest.CaptureFixture[str]
+    error: BaseException, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
     def fail() -> int:
         raise error
 
@@ -74,3 +83,5 @@ def test_an_error_ends_in_one_line_and_its_code(
     assert ("please report" in text) == isinstance(error, ValueError)
     if isinstance(error, ConfigError | DamagedError):
         assert text == "error: bad\n"
+    if isinstance(error, FileNotFoundError):
+        assert text == "error: a/b: no such file; mend that and start again\n"

@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mim_scale.sampling.rng import Purpose, below, permutation, uniforms, words
+from mim_scale.sampling.rng import Purpose, below, permutation, words
 
 big = st.integers(0, 2**63 - 1)
 names = st.tuples(big, st.sampled_from(Purpose), big, st.integers(0, 2**40))
@@ -80,8 +80,3 @@ def test_below_is_even():
 def test_permutation_is_stable(values):
     order = permutation(np.array(values, np.uint64))
     assert order.tolist() == sorted(range(len(values)), key=lambda place: values[place])
-
-
-def test_uniforms_are_in_zero_one():
-    numbers = uniforms(np.array([0, 2**64 - 1, 2**63], np.uint64))
-    assert numbers.tolist() == [0.0, 1 - 2.0**-53, 0.5]

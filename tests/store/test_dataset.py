@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from mim_scale.errors import DamagedError, StoreError
+from mim_scale.store import dataset as store_dataset
 from mim_scale.store.dataset import Dataset, commit_dataset, fingerprint
 from mim_scale.store.geometry import Box
 from mim_scale.store.manifest import QuarantineRow
@@ -45,6 +46,32 @@ def test_fingerprint_is_of_content_not_of_order_or_time(dataset, tmp_path):
     assert make_dataset(tmp_path / "same", SHAPES, seed=0).fingerprint == dataset.fingerprint
 
 
+def test_another_person_is_another_fingerprint(dataset):
+    """The split goes by the person, so a run must not go on over other ones."""
+    rows = dataset.rows
+    assert fingerprint((dataclasses.replace(rows[0], subject=rows[1].subject), rows[1])) != fingerprint(rows)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("num_volumes", 400), ("num_subjects", 1), ("build_config", {"seed": 9}), ("files", [])]
+)
+def test_a_record_that_was_changed_by_hand_is_refused(dataset, key, value):
+    record = json.loads((dataset.path / "dataset.json").read_text())
+    (dataset.path / "dataset.json").write_text(json.dumps(record | {key: value}))
+    with pytest.raises(DamagedError):
+        Dataset.open(dataset.path)
+
+
+def test_a_commit_between_two_readings_is_no_damage(dataset, monkeypatch):
+    """A reader that has the old record meets the new table: it reads the record once more."""
+    old = json.loads((dataset.path / "dataset.json").read_text())
+    commit_dataset(dataset.path, dataset.rows[:1], (), {"seed": 2})
+    readings = [old]
+    read = store_dataset.read_record
+    monkeypatch.setattr(store_dataset, "read_record", lambda path: readings.pop() if readings else read(path))
+    assert Dataset.open(dataset.path).rows == dataset.rows[:1]
+
+
 def test_a_dataset_pickles_and_knows_its_own(dataset, tmp_path):
     copy = pickle.loads(pickle.dumps(dataset))
     assert copy.rows == dataset.rows
@@ -76,7 +103,7 @@ def test_refusals(dataset, tmp_path):
         ("{}", "no record of a dataset", 3),
         (record.replace('"format_version": 1', '"format_version": 2'), "format version 2", 2),
         (json.dumps({k: v for k, v in json.loads(record).items() if k != "files"}), "lacks files", 3),
-        (record.replace(dataset.fingerprint, "0" * 64), "another fingerprint", 3),
+        (record.replace(dataset.fingerprint, "0" * 64), "says fingerprint 0000", 3),
     ]:
         (path / "dataset.json").write_text(text)
         found, exit_code = refusal(path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from mim_scale import commit
-from mim_scale.errors import CheckpointError
+from mim_scale.errors import CheckpointError, OtherVersionError
 from mim_scale.training import checkpoint
 from mim_scale.training.checkpoint import MOMENTS, RECORD, WEIGHTS, CheckpointFolder, check_fits, read_checkpoint
 
@@ -45,6 +45,19 @@ def assert_is(found: checkpoint.Checkpoint | None, step: int) -> None:
     for loaded, expected in zip(found.load(), state(step), strict=True):
         assert loaded.keys() == expected.keys()
         assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+
+
+def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    save(folder, 2, 4)
+    path = folder.path / "step_00000004" / RECORD
+    record = json.loads(path.read_text())
+    del record["digest"]
+    record["format_version"] = 2
+    record["digest"] = checkpoint._digest(record)
+    path.write_text(json.dumps(record))
+    with pytest.raises(OtherVersionError, match="format version 2, this program reads 1"):
+        folder.newest(refuse_to_tell)
 
 
 def test_round_trip_and_retention(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,13 @@ from mim_scale.methods.mask_in_mask import Losses, MaskInMask
 from mim_scale.sampling.order import volume_at
 from mim_scale.store.dataset import Dataset, volume_folder
 from mim_scale.store.manifest import split_subjects
+from mim_scale.training.held_out import HeldOut
 from mim_scale.training.journal import read_journal
-from mim_scale.training.loop import pretrain
+from mim_scale.training.loop import _share, pretrain
 from mim_scale.training.stop import StopRequest
 from tests.synthetic import make_dataset
+from tests.training.jobs import PRETRAIN, errors_of, write_config
+from tests.training.jobs import run as run_job
 from tests.training.standin import small_config
 
 STEPS = 6
@@ -231,3 +235,37 @@ def test_loss_that_is_not_finite_names_step_and_volumes(
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000002"]
     rows = read_journal(tmp_path / "run" / "journal.jsonl")
     assert [row["step"] for row in rows if row["kind"] == "step"] == [1, 2]
+
+
+def test_a_full_disk_ends_a_save_in_one_line_and_leaves_nothing_half(store: Path, tmp_path: Path) -> None:
+    """A real limit on the size of a file: the library that writes tensors has an error of its own for it."""
+    job = run_job(
+        [
+            sys.executable,
+            "-c",
+            "import resource, runpy, signal, sys\n"
+            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+            "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
+            f"sys.argv[0] = {PRETRAIN!r}\n"
+            f"runpy.run_path({PRETRAIN!r}, run_name='__main__')",
+            "--config",
+            str(write_config(config_of(store, tmp_path / "run"), tmp_path)),
+        ]
+    )
+    assert job.returncode == 2, job.stdout + job.stderr
+    assert len(errors_of(job)) == 1, job.stderr
+    assert "the checkpoint of step 2 was not saved" in errors_of(job)[0]
+    assert "Traceback" not in job.stderr
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+
+
+def test_a_held_out_loss_that_is_not_finite_ends_the_run(
+    store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(HeldOut, "measure", lambda *_: {"loss": float("nan")})
+    with pytest.raises(DivergedError, match="step 0: the held-out loss is not finite"):
+        pretrain(config_of(store, tmp_path / "run"))
+
+
+def test_a_trivial_predictor_without_error_has_no_share() -> None:
+    assert (_share(0.5, 0.25), _share(0.5, 0.0)) == ("2.00", "-")

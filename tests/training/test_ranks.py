@@ -1,9 +1,12 @@
 """Several ranks: the same results as one, and one end for all."""
 
 import os
+import runpy
 import shutil
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -12,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from mim_scale.training.journal import read_journal
+from mim_scale.training.stop import SIGNALS
 from tests.synthetic import make_dataset
-from tests.training.jobs import PRETRAIN, ROOT, environment, errors_of, python, run, torchrun, write_config
+from tests.training.jobs import PRETRAIN, ROOT, environment, errors_of, free_port, python, run, torchrun, write_config
 from tests.training.standin import small_config
 
 pytestmark = pytest.mark.dist
@@ -171,3 +175,37 @@ def test_damage_that_one_rank_meets_ends_all(store: Path, config_path: Path, tmp
     assert len(errors_of(job)) == 1, job.stderr
     assert "level 0" in errors_of(job)[0]
     assert "exitcode  : 3" in job.stderr
+
+
+def test_a_signal_ends_a_rank_that_waits_for_the_others(config_path: Path) -> None:
+    """Seen before: only remembered, so that fifteen minutes and a kill -9 were needed."""
+    port = free_port()
+    alone = environment(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    job = subprocess.Popen([*python(), PRETRAIN, "--config", str(config_path)], cwd=ROOT, env=alone)
+    try:
+        deadline = time.monotonic() + 60
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            assert time.monotonic() < deadline
+            time.sleep(0.2)
+        job.terminate()
+        assert job.wait(timeout=30) == -signal.SIGTERM
+    finally:
+        job.kill()
+
+
+def test_a_mistake_that_only_one_machine_has_is_told_by_its_rank(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    launch = runpy.run_path(PRETRAIN)
+    monkeypatch.setitem(launch["main"].__globals__, "RANK_0_SPEAKS_S", 0.1)
+    monkeypatch.setattr(sys, "argv", [PRETRAIN, "--config", "/nope.yaml"])
+    placed = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_PORT": "1"}
+    for name, value in placed.items():
+        monkeypatch.setenv(name, value)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    try:
+        assert launch["main"]() == 2
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert "error: rank 1 on" in capsys.readouterr().err

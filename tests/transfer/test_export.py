@@ -43,6 +43,22 @@ def exported(run: Path, tmp_path: Path) -> Path:
     return export(run, tmp_path / "encoder").folder
 
 
+@pytest.mark.parametrize("theirs", ["notes.txt", "pytorch_model.bin"])
+def test_a_folder_with_something_else_in_it_is_left_alone(run: Path, exported: Path, theirs: str) -> None:
+    assert export(run, exported).folder == exported
+    (exported / theirs).write_text("precious")
+    with pytest.raises(CheckpointError, match="is no export, or holds more"):
+        export(run, exported)
+    assert (exported / theirs).read_text() == "precious"
+
+
+def test_another_program_s_config_is_no_export(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf" / "config.json").write_text('{"model_type": "bert"}')
+    with pytest.raises(CheckpointError, match="is no export, or holds more"):
+        export(run, tmp_path / "hf")
+
+
 @torch.no_grad()
 def test_exported_encoder_is_the_trained_one_exactly(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
