@@ -3,18 +3,27 @@
 A reader sees the old thing or the new thing, never half of one, whatever instant the process dies at.
 """
 
+import contextlib
+import ctypes
+import errno
 import hashlib
 import os
 import shutil
+import uuid
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
 """Names that start so are leftovers of a killed writer: readers ignore them, writers may delete them."""
 
+_HERE = -100
+"""AT_FDCWD: relative paths start at the working directory."""
+_RENAME_EXCHANGE = 2
+"""Flag of Linux's renameat2."""
+
 
 def temporary_beside(final: Path) -> Path:
-    """A name in the same folder (so that rename is atomic), unique to this process."""
-    return final.with_name(f"{TEMPORARY}{os.getpid()}-{final.name}")
+    """A name in the same folder (so that rename is atomic) that nobody else has: machines can share a process id."""
+    return final.with_name(f"{TEMPORARY}{os.getpid()}-{uuid.uuid4().hex[:8]}-{final.name}")
 
 
 def sync_folder(folder: Path) -> None:
@@ -39,29 +48,64 @@ def write_file(path: Path, data: bytes) -> None:
     """Replace a file by data, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
-    with open(temporary, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        # A full disk must not be filled further by half-written files.
+        temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
     """Make every byte below `temporary` durable, then give the folder its final name.
 
-    Whatever stood at `final` before is moved away first and deleted after.
+    Whatever stood at `final` before is exchanged for it in one step, where the system can do that, and then deleted.
     """
     for root, _, names in os.walk(temporary):
         for name in names:
             sync_file(Path(root) / name)
         sync_folder(Path(root))
     replaced = temporary.with_name(temporary.name + "-replaced")
-    if final.exists():
-        os.replace(final, replaced)
-    os.replace(temporary, final)
+    while not _take_place(temporary, final):
+        # No exchange on this file system: for an instant nothing has the final name.
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(final, replaced)
     sync_folder(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    for old in (temporary, replaced):
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _take_place(temporary: Path, final: Path) -> bool:
+    """Give a folder its final name; False where another thing has it and cannot be exchanged."""
+    while True:
+        try:
+            os.replace(temporary, final)
+            return True
+        except OSError as error:
+            if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR} or not os.path.lexists(temporary):
+                raise
+        try:
+            return _exchange(temporary, final)
+        except FileNotFoundError:
+            # Another process moved the old one away between the two calls.
+            continue
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two names in one step; False where the system or the file system has no such call."""
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}:
+        return False
+    raise OSError(code, os.strerror(code), str(other))
 
 
 def sha256_file(path: Path) -> str:

@@ -3,6 +3,7 @@
 import contextlib
 import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,3 +75,49 @@ def test_a_published_folder_replaces_the_old_one(tmp_path: Path) -> None:
         commit.publish_folder(temporary, final)
         assert (final / "model").read_bytes() == text
     assert [p.name for p in tmp_path.iterdir()] == ["export"]
+
+
+@pytest.mark.parametrize("count", range(14))
+def test_a_replaced_folder_is_old_or_new_and_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    final = tmp_path / "export"
+    _publish(final, b"old")
+    real = commit._exchange
+
+    def exchange(one: Path, other: Path) -> bool:
+        os.open(tmp_path, os.O_RDONLY)  # counted: the kill may come before the exchange
+        return real(one, other)
+
+    with monkeypatch.context() as patch:
+        die_at(patch, count)
+        patch.setattr(commit, "_exchange", exchange)
+        with contextlib.suppress(Died):
+            _publish(final, b"new")
+    assert sorted(path.name for path in final.iterdir()) == ["run.json", "weights"]
+    assert {path.read_bytes() for path in final.iterdir()} in ({b"old"}, {b"new"})
+
+
+def test_without_an_exchange_a_folder_is_replaced_all_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
+    for text in (b"old", b"new"):
+        _publish(tmp_path / "export", text)
+        assert (tmp_path / "export" / "weights").read_bytes() == text
+    assert [path.name for path in tmp_path.iterdir()] == ["export"]
+
+
+def test_writers_of_one_process_id_do_not_meet(tmp_path: Path) -> None:
+    """Two pods on one store: equal process ids, equal content, at the same moment."""
+    final = tmp_path / "volume"
+    with ThreadPoolExecutor(8) as pool:
+        for done in [pool.submit(_publish, final, b"same") for _ in range(64)]:
+            done.result()
+    assert [path.name for path in tmp_path.iterdir()] == ["volume"]
+    assert sorted(path.name for path in final.iterdir()) == ["run.json", "weights"]
+    assert commit.temporary_beside(final) != commit.temporary_beside(final)
+
+
+def _publish(final: Path, data: bytes) -> None:
+    temporary = commit.temporary_beside(final)
+    temporary.mkdir()
+    for name in ("weights", "run.json"):
+        (temporary / name).write_bytes(data)
+    commit.publish_folder(temporary, final)
