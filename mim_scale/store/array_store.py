@@ -4,6 +4,7 @@ A box is read only from chunks that exist and whose checksum holds. Anything els
 and chunk, never a fill value. The layout is FORMAT.md's; array_format.py writes it down for machines.
 """
 
+import errno
 import functools
 import itertools
 import json
@@ -251,8 +252,19 @@ def _write_level(folder: Path, voxels: NDArray[np.int16]) -> None:
     array = _open(folder)
     for _, shard in blocks(whole_box(shape), shard_shape(shape)):
         # One transaction a shard: the file is encoded and written once.
-        with ts.Transaction() as transaction:
-            array.with_transaction(transaction)[shard.slices].write(voxels[shard.slices]).result()
+        try:
+            with ts.Transaction() as transaction:
+                array.with_transaction(transaction)[shard.slices].write(voxels[shard.slices]).result()
+        except (ValueError, OSError) as error:
+            raise StoreError(
+                f"{folder.parent.parent}: a volume cannot be written ({_cause(error)}); make room there, build again"
+            ) from None
+
+
+def _cause(error: Exception) -> str:
+    """Why a file could not be written, in the system's words where the array library passes them on."""
+    known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    return next((words for words in map(os.strerror, known) if words in str(error)), _reason(error))
 
 
 def _write_json(path: Path, values: dict[str, Any]) -> None:
