@@ -62,10 +62,8 @@ def check_grid(scan: Scan) -> None:
         )
     cosines = (matrix / steps).T @ (matrix / steps) - np.eye(3)
     if np.abs(cosines).max() > _LARGEST_SHEAR:
-        raise Rejected(
-            Reason.SHEARED_AFFINE,
-            f"two axes of the grid are {np.degrees(np.abs(cosines).max()):.2f} degrees off a right angle",
-        )
+        degrees = np.degrees(np.arcsin(min(np.abs(cosines).max(), 1.0)))
+        raise Rejected(Reason.SHEARED_AFFINE, f"two axes of the grid are {degrees:.2f} degrees off a right angle")
 
 
 def _reorient(

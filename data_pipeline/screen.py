@@ -27,8 +27,8 @@ def screen(voxels: NDArray[np.int16], min_slices: int) -> None:
 def _guess(low: int, high: int) -> str:
     if low == 0 and high > 2000:
         return ": an intercept of -1024 was not applied, or it is no CT"
+    if low >= -1 and high <= 1:
+        return ": normalised, or a mask"
     if low >= 0 and high <= 255:
         return ": a label map or an 8-bit picture"
-    if low >= -1 and high <= 1:
-        return ": normalised"
     return ""

@@ -16,6 +16,8 @@ _SAME_DIRECTION = 1e-3
 _SAME_POSITION_MM = 1e-3
 _ROUNDING_MM = 0.101
 """Positions are often written with one decimal: two of them can be off by this together."""
+_ROUNDING_SHARE = 0.3
+"""Of a step, at most: a slice missing from a fine stack moves its neighbours by half a step from the even grid."""
 _UNEVEN_SHARE = 0.05
 """Of a step: how far a slice may lie from its place on the even grid."""
 _DRIFT_PIXELS = 0.5
@@ -93,6 +95,11 @@ def _check_alike(slices: list[Slice]) -> None:
         raise Rejected(Reason.MIXED_ORIENTATION, "slices of different orientation in one series")
 
 
+def _tolerance(step: float) -> float:
+    """How far a slice may lie from its place, in mm."""
+    return max(_UNEVEN_SHARE * step, min(_ROUNDING_MM, _ROUNDING_SHARE * step))
+
+
 def _findings(along: NDArray[np.float64], corners: NDArray[np.float64], first: Slice) -> list[tuple[Reason, str]]:
     """Everything that keeps sorted slices from being a regular grid, gravest first."""
     steps = np.diff(along)
@@ -102,10 +109,10 @@ def _findings(along: NDArray[np.float64], corners: NDArray[np.float64], first: S
     findings = []
     step = float(np.median(steps))
     even = along[0] + np.arange(len(along)) * (along[-1] - along[0]) / (len(along) - 1)
-    if np.abs(along - even).max() > max(_UNEVEN_SHARE * step, _ROUNDING_MM):
+    if np.abs(along - even).max() > _tolerance(step):
         smallest = float(steps.min())
         whole = np.rint(steps / smallest)
-        if np.abs(steps - whole * smallest).max() <= max(_UNEVEN_SHARE * smallest, _ROUNDING_MM) and whole.max() > 1:
+        if np.abs(steps - whole * smallest).max() <= _tolerance(smallest) and whole.max() > 1:
             missing = int((whole - 1).sum())
             findings.append(
                 (Reason.MISSING_SLICES, f"{missing} of {len(along) + missing} slices missing by their positions")
