@@ -1,6 +1,7 @@
 """The verbs of `mim-scale data` and `mim-scale example-data`: each prints what happened and returns an exit code."""
 
 import json
+import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from mim_scale.config import BuildConfig
-from mim_scale.errors import DamagedError
+from mim_scale.errors import DamagedError, SourceError
 
 _WIDTH = 110
 """Of tables where the output is no terminal."""
@@ -32,7 +33,7 @@ def scan(source: Path | str) -> int:
     table = _table(f"{root}", "format", ">inputs", ">files", ">bytes")
     for kind in sorted({found.format for found in tree.sources}):
         members = [found for found in tree.sources if found.format == kind]
-        files = [path for found in members for path in found.paths(root) if path.is_file()]
+        files = [path for found in members for path in found.paths(root) if os.path.isfile(path)]
         num_bytes = sum(path.stat().st_size for path in files)
         table.add_row(kind, str(len(members)), str(len(files)), _bytes(num_bytes))
     refused = Counter(str(found.problem[0]) for found in tree.sources if found.problem)
@@ -70,6 +71,8 @@ def build(config: BuildConfig) -> int:
     if outcome.quarantine:
         console.print(_reasons_table("quarantined", outcome.reasons))
     console.print(table)
+    for note in outcome.notes:
+        console.print(note)
     console.print("nothing to do: the store is complete" if outcome.was_complete else "the store is complete")
     return 0
 
@@ -95,11 +98,12 @@ def verify(store: Path | str, deep: bool = False) -> int:
         return 0
     table = _table(f"damage in {store}", "volume", "level", "what")
     for problem in problems:
-        table.add_row(problem.key, "" if problem.level is None else str(problem.level), problem.detail)
+        table.add_row(problem.key, "" if problem.level < 0 else str(problem.level), problem.detail)
     console.print(table)
-    console.print(
-        "delete a damaged volume's folder in volumes/ and run the same `data build`: it is built again from its source"
-    )
+    if any(problem.key for problem in problems):
+        console.print("delete the folder volumes/VOLUME.zarr of each volume named here, then run the same `data build`")
+    else:
+        console.print("run the same `data build`: it writes the store's own records again and keeps the volumes")
     return DamagedError.exit_code
 
 
@@ -132,7 +136,10 @@ def example_data(cache: Path | str | None = None) -> int:
     from data_pipeline.example_packages import PACKAGES
 
     folder = Path(cache) if cache is not None else default_cache()
-    num_volumes, fetched = fetch_examples(folder, lambda line: print(line, flush=True))
+    try:
+        num_volumes, fetched = fetch_examples(folder, lambda line: print(line, flush=True))
+    except OSError as error:
+        raise SourceError(f"{folder}: cannot be used ({error.strerror or error}); choose another folder") from None
     table = _table(f"example volumes in {folder}", "volume", "what", "subject", "licence")
     for package in PACKAGES:
         for found in package.scans:
@@ -198,7 +205,9 @@ class _Bar:
 
 
 def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else _WIDTH, highlight=False, soft_wrap=True)
+    # Paths and details are shown as they are: square brackets in them are no markup.
+    width = None if sys.stdout.isatty() else _WIDTH
+    return Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 def _table(title: str, *columns: str) -> Table:

@@ -4,6 +4,7 @@ A rejection is an outcome, not a failure: it ends as one quarantine row and the 
 path or person.
 """
 
+import os
 from enum import StrEnum
 
 
@@ -33,6 +34,11 @@ class Reason(StrEnum):
     HU_IMPLAUSIBLE = "hu_implausible"
     DUPLICATE = "duplicate"
     WORKER_DIED = "worker_died"
+    IO_ERROR = "io_error"
+
+
+PASSING = frozenset({Reason.WORKER_DIED, Reason.IO_ERROR})
+"""Reasons that lie in the machine and not in the input: never remembered, so that the next build tries again."""
 
 
 class Rejected(Exception):
@@ -42,3 +48,16 @@ class Rejected(Exception):
         super().__init__(f"{reason}: {detail}")
         self.reason = reason
         self.detail = detail
+
+
+def reading_failed(error: Exception, what: str) -> Rejected:
+    """The rejection for an exception of a reader: errors of the system may pass, all others lie in the file.
+
+    Args:
+        error: caught while a file was opened or read.
+        what: could not be done, such as "the header cannot be read".
+    """
+    # Decoders raise OSError without a number for files that are too short or no gzip: those will not pass.
+    if isinstance(error, OSError) and error.errno is not None:
+        return Rejected(Reason.IO_ERROR, f"{what} ({os.strerror(error.errno)}); the next build tries it again")
+    return Rejected(Reason.UNREADABLE, f"{what} ({type(error).__name__})")

@@ -2,6 +2,8 @@
 
 import csv
 import hashlib
+import os
+import posixpath
 from pathlib import Path
 
 from mim_scale.errors import SourceError
@@ -31,18 +33,32 @@ def read_subjects(root: Path) -> dict[str, str]:
         raise SourceError(f"{table}: not readable as CSV ({type(error).__name__})") from None
     subjects: dict[str, str] = {}
     for number, row in enumerate(rows, start=2):
-        path, subject = (row.get("path") or "").strip().strip("/"), (row.get("subject") or "").strip()
-        if not path or not subject:
+        written, subject = (row.get("path") or "").strip(), (row.get("subject") or "").strip()
+        if not written or not subject:
             raise SourceError(f"{table}: line {number} lacks a path or a subject; the columns are path,subject")
+        path = _path_below(root, written)
+        if path is None:
+            # A slip of the pen here would put one person on both sides of a split.
+            raise SourceError(f"{table}: line {number} names neither a file nor a folder below {root}; mend its path")
         if subjects.setdefault(path, pseudonym("table", subject)) != pseudonym("table", subject):
             raise SourceError(f"{table}: line {number} gives a second subject to one path")
     return subjects
 
 
-def listed_subject(subjects: dict[str, str], file: str) -> str | None:
-    """The pseudonym that the table gives to a file or to the nearest folder above it."""
-    while file not in {"", "."}:
-        if file in subjects:
-            return subjects[file]
-        file = file.rpartition("/")[0]
+def _path_below(root: Path, written: str) -> str | None:
+    """A path as `find_files` writes it; None where nothing is there. Tables made on Windows have backslashes."""
+    for spelling in (written, written.replace("\\", "/")):
+        path = posixpath.normpath(spelling.strip("/") or ".")
+        if not path.startswith("..") and os.path.exists(root / path):
+            return path
     return None
+
+
+def listed_subject(subjects: dict[str, str], files: tuple[str, ...]) -> str | None:
+    """The pseudonym that the table gives to one of a source's files, or to the nearest folder above the first."""
+    listed = next((subjects[file] for file in files if file in subjects), None)
+    folder = files[0]
+    while listed is None and folder:
+        folder = folder.rpartition("/")[0]
+        listed = subjects.get(folder or ".")
+    return listed

@@ -125,6 +125,6 @@ def remove_volumes_but(store: Path, keys: set[str]) -> None:
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         values = json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):
         return None
     return values if isinstance(values, dict) else None

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ from data_pipeline.build.task import Task
 from data_pipeline.sources.source import Source
 from mim_scale.config import BuildConfig
 
-PIPELINE_VERSION = 1
+PIPELINE_VERSION = 2
 """Raised whenever the same source would give other voxels, another row or reason: old results then count no more."""
 
 _BYTES_PER_VOXEL = 20
@@ -30,13 +31,9 @@ def make_tasks(root: Path, sources: tuple[Source, ...], config: BuildConfig) -> 
 
 
 def _task(root: Path, source: Source, config: BuildConfig) -> Task:
-    stats = [
-        (file, path.stat() if path.exists() else None)
-        for file, path in zip(source.files, source.paths(root), strict=True)
-    ]
-    identity = [(file, stat.st_size, stat.st_mtime_ns) if stat else (file, -1, -1) for file, stat in stats]
-    file_bytes = sum(stat.st_size for _, stat in stats if stat)
-    voxels_bytes = source.num_voxels * _BYTES_PER_VOXEL or file_bytes * _UNKNOWN_RATIO
+    identity = [_identity(root, file) for file in source.files]
+    file_bytes = sum(max(size, 0) for _, size, _ in identity)
+    voxels_bytes = _num_voxels(source, config) * _BYTES_PER_VOXEL or file_bytes * _UNKNOWN_RATIO
     return Task(
         key=_digest([identity, settings(config)]),
         root=str(root.resolve()),
@@ -50,8 +47,23 @@ def _task(root: Path, source: Source, config: BuildConfig) -> Task:
 
 def tree_digest(root: Path, files: list[str], config: BuildConfig) -> str:
     """Digest of names, sizes and times below a source folder, and of the settings."""
-    stats = [(file, (root / file).stat()) for file in files if (root / file).exists()]
-    return _digest([[(file, stat.st_size, stat.st_mtime_ns) for file, stat in stats], settings(config)])
+    return _digest([[_identity(root, file) for file in files], settings(config)])
+
+
+def _identity(root: Path, file: str) -> tuple[str, int, int]:
+    """Name, size and time; -1 where the file is out of reach."""
+    try:
+        stat = (root / file).stat()
+    except OSError:
+        return file, -1, -1
+    return file, stat.st_size, stat.st_mtime_ns
+
+
+def _num_voxels(source: Source, config: BuildConfig) -> int:
+    """Voxels in memory: those of the source, and beside them those of the resampled volume."""
+    if config.spacing is None:
+        return source.num_voxels
+    return source.num_voxels + math.ceil(source.num_voxels * source.voxel_mm3 / math.prod(config.spacing))
 
 
 def _digest(values: Any) -> str:

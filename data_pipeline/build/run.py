@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from data_pipeline.build.executor import Work, make_executor
 from data_pipeline.build.ledger import (
@@ -21,12 +21,13 @@ from data_pipeline.build.ledger import (
 )
 from data_pipeline.build.plan import make_tasks, settings, tree_digest
 from data_pipeline.build.task import Task, TaskResult, build_volume
-from data_pipeline.reasons import Reason
+from data_pipeline.reasons import PASSING, Reason
 from data_pipeline.sources.find import find_files, find_sources
 from data_pipeline.subjects import listed_subject, read_subjects
 from mim_scale.config import BuildConfig
-from mim_scale.errors import SourceError, StoreError
-from mim_scale.store.dataset import RECORD, VOLUMES, Dataset, commit_dataset, read_record, volume_folder
+from mim_scale.errors import DamagedError, SourceError, StoreError
+from mim_scale.store.array_store import folder_bytes
+from mim_scale.store.dataset import MANIFEST, RECORD, VOLUMES, Dataset, commit_dataset, read_record, volume_folder
 from mim_scale.store.manifest import QuarantineRow, Row
 
 
@@ -41,6 +42,8 @@ class Outcome:
     fingerprint: str
     was_complete: bool
     """Whether nothing had to be done."""
+    notes: tuple[str, ...] = ()
+    """What the user should know beside the numbers, a line each."""
 
     @property
     def reasons(self) -> Counter[str]:
@@ -85,8 +88,9 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
     files = find_files(root)
     _refuse_overlap(root, store)
     _refuse_foreign(store, config)
+    last, is_damaged = _last_build(store)
     digest = tree_digest(root, files, config)
-    finished = _finished_outcome(store, digest)
+    finished = _finished_outcome(store, last, digest)
     if finished is not None:
         return finished
     tree = find_sources(root, progress.looked)
@@ -94,17 +98,21 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
     tasks = make_tasks(root, tree.sources, config)
     with builder_lock(store):
         remove_leftovers(store)
-        (store / VOLUMES).mkdir(exist_ok=True)
+        _make_volumes_folder(store)
+        if is_damaged:
+            _refuse_unknown(store, tasks)
         results = _run_tasks(config, tasks, progress, work)
         rows, quarantine = _tables(tasks, results, subjects)
         _refuse_nothing(root, quarantine, rows)
-        _refuse_other_source(store, rows)
+        _refuse_other_source(store, last, rows)
         fingerprint = commit_dataset(store, rows, quarantine, settings(config))
-        remove_volumes_but(store, {row.key for row in rows})
-        outcome = Outcome(len(tasks), rows, quarantine, tree.num_ignored, fingerprint, False)
-        if Reason.WORKER_DIED not in outcome.reasons:
+        may_pass = any(row.reason in PASSING for row in quarantine)
+        if not may_pass:
+            # What could not be read this time may be back the next: until then its volume stays where it is.
+            remove_volumes_but(store, {row.key for row in rows})
             write_finished(store, {"tree": digest, "fingerprint": fingerprint, "ignored": tree.num_ignored})
-        return outcome
+        notes = _notes(last, is_damaged, rows, may_pass)
+        return Outcome(len(tasks), rows, quarantine, tree.num_ignored, fingerprint, False, notes)
 
 
 def _run_tasks(config: BuildConfig, tasks: list[Task], progress: Progress, work: Work) -> dict[str, TaskResult]:
@@ -112,7 +120,7 @@ def _run_tasks(config: BuildConfig, tasks: list[Task], progress: Progress, work:
     store = Path(config.store)
     known = read_ledger(store)
     results = {
-        task.key: known[task.key] for task in tasks if task.key in known and _is_there(store, known[task.key].row)
+        task.key: known[task.key] for task in tasks if task.key in known and _is_whole(store, known[task.key].row)
     }
     to_do = [task for task in tasks if task.key not in results]
     progress.began(len(results), len(tasks))
@@ -120,15 +128,16 @@ def _run_tasks(config: BuildConfig, tasks: list[Task], progress: Progress, work:
         return results
     with open_ledger(store) as ledger, closing(make_executor(config).run(work, to_do)) as ended:
         for result in ended:
-            if result.rejected is None or result.rejected[0] != Reason.WORKER_DIED:
+            if result.rejected is None or result.rejected[0] not in PASSING:
                 ledger.add(result)
             results[result.key] = result
             progress.advanced()
     return results
 
 
-def _is_there(store: Path, row: Row | None) -> bool:
-    return row is None or volume_folder(store, row.key).is_dir()
+def _is_whole(store: Path, row: Row | None) -> bool:
+    """Whether a volume has as many bytes on disk as were committed: what can be seen without reading it."""
+    return row is None or folder_bytes(volume_folder(store, row.key)) == row.bytes_stored
 
 
 def _tables(
@@ -145,18 +154,40 @@ def _tables(
             detail = f"equal to volume {result.row.key}, voxel for voxel"
             quarantine.append(QuarantineRow(task.source.key, task.source.format, Reason.DUPLICATE, detail))
         else:
-            subject = listed_subject(subjects, task.source.name) or result.row.subject
+            subject = listed_subject(subjects, (task.source.name, *task.source.files)) or result.row.subject
             rows[result.row.content_hash] = replace(result.row, subject=subject)
     return tuple(rows.values()), tuple(quarantine)
 
 
-def _finished_outcome(store: Path, digest: str) -> Outcome | None:
+def _last_build(store: Path) -> tuple[Dataset | None, bool]:
+    """The dataset that stands there, and whether its record or a table of it is damaged."""
+    if not (store / RECORD).exists():
+        return None, False
+    try:
+        dataset = Dataset.open(store)
+        dataset.quarantine  # noqa: B018  # read here, so that damage shows here
+    except DamagedError:
+        return None, True
+    return dataset, False
+
+
+def _notes(last: Dataset | None, is_damaged: bool, rows: tuple[Row, ...], may_pass: bool) -> tuple[str, ...]:
+    if is_damaged:
+        return ("the record of the last build was damaged: it was written anew",)
+    dropped = {row.key for row in last.rows} - {row.key for row in rows} if last is not None else set()
+    if not dropped:
+        return ()
+    if may_pass:
+        return (f"{len(dropped)} volumes of the last build are left out until their sources can be read again",)
+    return (f"{len(dropped)} volumes of the last build are no longer in the source: removed",)
+
+
+def _finished_outcome(store: Path, dataset: Dataset | None, digest: str) -> Outcome | None:
     """The outcome of the last build, where nothing has changed since and everything is in place."""
     noted = read_finished(store)
-    if noted is None or noted.get("tree") != digest or not (store / RECORD).is_file():
+    if noted is None or dataset is None or noted.get("tree") != digest:
         return None
-    dataset = Dataset.open(store)
-    if noted.get("fingerprint") != dataset.fingerprint or not all(_is_there(store, row) for row in dataset.rows):
+    if noted.get("fingerprint") != dataset.fingerprint or not all(_is_whole(store, row) for row in dataset.rows):
         return None
     num_sources = len(dataset.rows) + len(dataset.quarantine)
     return Outcome(num_sources, dataset.rows, dataset.quarantine, int(noted["ignored"]), dataset.fingerprint, True)
@@ -176,8 +207,9 @@ def _refuse_foreign(store: Path, config: BuildConfig) -> None:
         return
     if not store.is_dir():
         raise StoreError(f"{store}: is a file, expected a folder for the store; choose another path")
-    if (store / RECORD).is_file():
-        before, now = read_record(store)["build_config"], settings(config)
+    has_record = (store / RECORD).is_file()
+    if has_record and (before := _settings_before(store)) is not None:
+        now = settings(config)
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
             shown = ", ".join(
@@ -186,8 +218,41 @@ def _refuse_foreign(store: Path, config: BuildConfig) -> None:
             raise StoreError(
                 f"{store}: was built with other settings: {shown}; build into another folder, or delete this one"
             )
-    elif not is_begun(store) and any(store.iterdir()):
+    elif not is_begun(store) and any(store.iterdir()) and not _has_our_names(store):
         raise StoreError(f"{store}: exists and is no store; nothing was touched; choose another folder")
+
+
+def _settings_before(store: Path) -> dict[str, Any] | None:
+    """What the last build was asked for; None where its record is damaged."""
+    try:
+        before = read_record(store)["build_config"]
+    except DamagedError:
+        return None
+    return before if isinstance(before, dict) else None
+
+
+def _has_our_names(store: Path) -> bool:
+    """Whether a folder with a damaged record, whose build/ was removed, still looks like a store."""
+    return (store / RECORD).is_file() and (store / MANIFEST).is_file() and (store / VOLUMES).is_dir()
+
+
+def _refuse_unknown(store: Path, tasks: list[Task]) -> None:
+    """A damaged record cannot say what the store was built from: the ledger has to know one of the inputs."""
+    known = read_ledger(store)
+    if known and not any(task.key in known for task in tasks):
+        raise StoreError(
+            f"{store}: its record is damaged, and it was built from another source or with other settings; "
+            "build into another folder, or delete this one"
+        )
+
+
+def _make_volumes_folder(store: Path) -> None:
+    try:
+        (store / VOLUMES).mkdir(exist_ok=True)
+    except OSError as error:
+        raise StoreError(
+            f"{store / VOLUMES}: cannot be made a folder ({error.strerror}); move away what stands there"
+        ) from None
 
 
 def _refuse_nothing(root: Path, quarantine: tuple[QuarantineRow, ...], rows: tuple[Row, ...]) -> None:
@@ -198,11 +263,11 @@ def _refuse_nothing(root: Path, quarantine: tuple[QuarantineRow, ...], rows: tup
         raise SourceError(f"{root}: none of {len(quarantine)} inputs can be stored: {reasons}")
 
 
-def _refuse_other_source(store: Path, rows: tuple[Row, ...]) -> None:
+def _refuse_other_source(store: Path, last: Dataset | None, rows: tuple[Row, ...]) -> None:
     """A store that would lose every volume it has was built from something else."""
-    if not (store / RECORD).is_file():
+    if last is None:
         return
-    before = {row.key for row in Dataset.open(store).rows}
+    before = {row.key for row in last.rows}
     if not before & {row.key for row in rows}:
         remove_volumes_but(store, before)
         raise StoreError(

@@ -3,7 +3,6 @@
 What comes back is a small record, never voxels. Running a task twice, or in two places at once, leaves the same store.
 """
 
-import errno
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -11,17 +10,20 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.canonical import canonical
-from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.screen import screen
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Source
 from data_pipeline.subjects import pseudonym
 from mim_scale.errors import StoreError
-from mim_scale.store.array_store import folder_bytes, write_volume
+from mim_scale.store.array_store import write_volume
 from mim_scale.store.dataset import volume_folder
 from mim_scale.store.geometry import Spacing3
 from mim_scale.store.manifest import QuarantineRow, Row
 from mim_scale.store.volume import Volume, content_hash, volume_key
+
+_DECIMALS = 5
+"""Of spacing and affine in mm."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def build_volume(task: Task) -> TaskResult:
         return died(task, "the machine has too little free memory for it")
     except Exception as error:
         # A reader met an input that nobody foresaw: that input is set aside, the others go on.
-        return TaskResult(task.key, rejected=(Reason.UNREADABLE, f"reading it failed ({type(error).__name__})"))
+        failed = reading_failed(error, "reading it failed")
+        return TaskResult(task.key, rejected=(failed.reason, failed.detail))
     return TaskResult(task.key, row=_write(task, volume, repairs, patient))
 
 
@@ -93,7 +96,13 @@ def _prepare(task: Task) -> tuple[Volume, tuple[str, ...], str | None]:
     scan = read_source(Path(task.root), task.source)
     volume, repairs = canonical(scan, task.spacing_mm)
     screen(volume.voxels, task.min_slices)
-    return volume, repairs, pseudonym("patient", scan.patient) if scan.patient else None
+    return _rounded(volume), repairs, pseudonym("patient", scan.patient) if scan.patient else None
+
+
+def _rounded(volume: Volume) -> Volume:
+    """Geometry as the content hash takes it: without this, volumes of one key could have other bytes."""
+    z_mm, y_mm, x_mm = (round(step, _DECIMALS) for step in volume.spacing_mm)
+    return Volume(volume.voxels, (z_mm, y_mm, x_mm), np.round(volume.affine, _DECIMALS) + 0.0)
 
 
 def _write(task: Task, volume: Volume, repairs: tuple[str, ...], patient: str | None) -> Row:
@@ -101,15 +110,10 @@ def _write(task: Task, volume: Volume, repairs: tuple[str, ...], patient: str | 
     key = volume_key(content)
     folder = volume_folder(Path(task.store), key)
     try:
-        # The name is the content's hash and the folder appears whole: what stands there is this volume.
-        stored = folder_bytes(folder) if folder.is_dir() else write_volume(folder, volume)
+        # A folder of this name may stand there already: nobody vouches for its bytes, so it is replaced.
+        stored = write_volume(folder, volume)
     except OSError as error:
-        if error.errno in {errno.ENOTEMPTY, errno.EEXIST} and folder.is_dir():
-            stored = folder_bytes(folder)  # another worker published the same voxels at this moment
-        else:
-            raise StoreError(
-                f"{task.store}: cannot be written ({error.strerror or error}); make room, run again"
-            ) from None
+        raise StoreError(f"{task.store}: cannot be written ({error.strerror or error}); make room, run again") from None
     voxels = volume.voxels
     return Row(
         key=key,

@@ -11,7 +11,7 @@ import pydicom
 from numpy.typing import NDArray
 from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
-from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.sources.dicom_geometry import Slice, positions_along_normal, stack_slices
 from data_pipeline.sources.dicom_series import image_types, read_header
 from data_pipeline.sources.source import LPS_TO_RAS, Scan
@@ -60,7 +60,7 @@ def _header(path: Path) -> Any:
     try:
         return read_header(path)
     except Exception as error:
-        raise Rejected(Reason.UNREADABLE, f"the header of a slice cannot be read ({type(error).__name__})") from None
+        raise reading_failed(error, "the header of a slice cannot be read") from None
 
 
 def _geometry(header: Any) -> Slice:
@@ -111,7 +111,7 @@ def _decode(path: Path, size: tuple[int, int], repairs: set[str]) -> NDArray[np.
         slope, intercept = float(_or(file.get("RescaleSlope"), 1)), float(_or(file.get("RescaleIntercept"), 0))
         padding = _padding_range(file)
     except Exception as error:
-        raise Rejected(Reason.UNREADABLE, f"the pixels of a slice cannot be decoded ({type(error).__name__})") from None
+        raise reading_failed(error, "the pixels of a slice cannot be decoded") from None
     if pixels.shape != size:
         raise Rejected(Reason.UNREADABLE, f"a slice decodes to {pixels.shape}, its header says {size}")
     values = pixels.astype(np.float64) * slope + intercept

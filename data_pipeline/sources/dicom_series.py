@@ -1,6 +1,7 @@
 """DICOM headers: which files belong together, and which can be refused without looking at a pixel."""
 
 import hashlib
+import math
 import warnings
 from collections import defaultdict
 from pathlib import Path, PurePosixPath
@@ -9,17 +10,19 @@ from typing import Any
 import pydicom
 import pydicom.config
 
-from data_pipeline.reasons import Reason
+from data_pipeline.reasons import Reason, reading_failed
 from data_pipeline.sources.source import Source
 
 # Archives are full of values that the standard forbids and everybody can read; what matters here is checked by us.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 
 _TAGS = [
+    "ImagePositionPatient",
     "ImageType",
     "Modality",
     "NumberOfFrames",
     "PatientID",
+    "PixelSpacing",
     "RescaleType",
     "Rows",
     "Columns",
@@ -36,6 +39,7 @@ _MAPS = frozenset(
     | {"MIP", "MINIP", "VRT", "SSD", "PROJECTION"}
 )
 """Words of ImageType that mark computed values or projections."""
+_Place = tuple[tuple[float, float, float], float]
 _HU_TYPES = frozenset({"", "HU", "US", "HU_MOD"})
 
 
@@ -65,6 +69,7 @@ def group_series(root: Path, files: list[str]) -> list[Source]:
     """
     series: dict[tuple[str, ...], list[str]] = defaultdict(list)
     pixels: dict[str, int] = {}
+    places: dict[str, _Place | None] = {}
     problems: dict[tuple[str, ...], tuple[Reason, str]] = {}
     sources = []
     for file in files:
@@ -73,17 +78,40 @@ def group_series(root: Path, files: list[str]) -> list[Source]:
             problem = _problem(header)
             identity = (*_identity(header, file), problem[0] if problem else "")
             pixels[file] = int(header.get("Rows") or 0) * int(header.get("Columns") or 0)
+            places[file] = _place(header)
         except Exception as error:
-            problem = (Reason.UNREADABLE, f"the DICOM header cannot be read ({type(error).__name__})")
-            sources.append(Source(file, "dicom", (file,), problem=problem))
+            failed = reading_failed(error, "the DICOM header cannot be read")
+            sources.append(Source(file, "dicom", (file,), problem=(failed.reason, failed.detail)))
             continue
         series[identity].append(file)
         if problem:
             problems[identity] = problem
     for identity, members in series.items():
         voxels = sum(pixels[file] for file in members)
-        sources.append(Source(min(members), "dicom", tuple(sorted(members)), voxels, problems.get(identity)))
+        size = _voxel_mm3([places[file] for file in members])
+        sources.append(Source(min(members), "dicom", tuple(sorted(members)), voxels, problems.get(identity), size))
     return sources
+
+
+def _place(header: Any) -> _Place | None:
+    """Position of a slice and the area of its pixels; None where the header has no usable ones."""
+    try:
+        x, y, z = (float(number) for number in header.ImagePositionPatient)
+        rows_mm, columns_mm = (float(number) for number in header.PixelSpacing)
+    except (AttributeError, TypeError, ValueError):
+        return None
+    return (x, y, z), rows_mm * columns_mm
+
+
+def _voxel_mm3(places: list[_Place | None]) -> float:
+    """An estimate from the first and the last slice; 0 where it cannot be made."""
+    known = [place for place in places if place is not None]
+    if len(known) < 2:
+        return 0.0
+    length = math.dist(
+        *(tuple(pick(axis) for axis in zip(*(at for at, _ in known), strict=True)) for pick in (min, max))
+    )
+    return known[0][1] * length / (len(known) - 1)
 
 
 def _identity(header: Any, file: str) -> tuple[str, ...]:

@@ -1,15 +1,38 @@
 """NRRD and MetaImage files, through SimpleITK, and the data files that their headers may point to."""
 
+import math
+import zlib
+from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import IO
 
 import numpy as np
 import SimpleITK as sitk
 
-from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.sources.source import LPS_TO_RAS, Scan
 
 _LARGEST_RATIO = 1100
 """Deflate cannot shrink more than 1032-fold: a header that promises more voxels than that lies."""
+
+_VOXEL_BYTES = {
+    sitk.sitkInt8: 1,
+    sitk.sitkUInt8: 1,
+    sitk.sitkInt16: 2,
+    sitk.sitkUInt16: 2,
+    sitk.sitkInt32: 4,
+    sitk.sitkUInt32: 4,
+    sitk.sitkInt64: 8,
+    sitk.sitkUInt64: 8,
+    sitk.sitkFloat32: 4,
+    sitk.sitkFloat64: 8,
+}
+_DATA_FILE = frozenset({"elementdatafile", "data file", "datafile"})
+_ZLIB_OR_GZIP = 47
+_GZIP = b"\x1f\x8b"
+_PIECE = 1 << 20
+_MOST_LINES = 10_000
+_LONGEST_LINE = 1 << 16
 
 sitk.ProcessObject.SetGlobalWarningDisplay(False)
 
@@ -24,19 +47,13 @@ def read_itk(path: Path, file_bytes: int) -> Scan:
     Raises:
         Rejected: unreadable, or not one 3D volume of plain numbers.
     """
-    reader = sitk.ImageFileReader()
-    reader.SetFileName(str(path))
     try:
-        shape = header_shape(path)
-        if reader.GetDimension() and len(shape) != 3:
-            raise Rejected(Reason.NOT_3D, f"{len(shape)} axes of sizes {list(shape)}, expected 3")
-        if np.prod(shape, dtype=float) > file_bytes * _LARGEST_RATIO:
-            raise Rejected(Reason.UNREADABLE, "the header promises more voxels than the file can hold")
-        image = reader.Execute()
+        image = _read(path, file_bytes)
     except RuntimeError:
+        _read_through(path)
         raise Rejected(Reason.UNREADABLE, "the file cannot be decoded: header or data are damaged") from None
-    if image.GetNumberOfComponentsPerPixel() != 1:
-        raise Rejected(Reason.NOT_3D, f"{image.GetNumberOfComponentsPerPixel()} numbers a voxel, expected 1")
+    except (OSError, ValueError, zlib.error) as error:
+        raise reading_failed(error, "the file cannot be decoded") from None
     affine = np.eye(4)
     direction = np.array(image.GetDirection()).reshape(3, 3)
     affine[:3, :3] = direction * np.array(image.GetSpacing())
@@ -44,12 +61,153 @@ def read_itk(path: Path, file_bytes: int) -> Scan:
     return Scan(sitk.GetArrayFromImage(image).transpose(2, 1, 0), LPS_TO_RAS @ affine)
 
 
-def header_shape(path: Path) -> tuple[int, ...]:
-    """Sizes of the axes by the header alone; RuntimeError where it cannot be read."""
+def header_size(path: Path) -> tuple[int, float]:
+    """Count of voxels, and mm3 of one, by the header alone; RuntimeError or Rejected where it cannot be read."""
+    reader = _reader(path)
+    return math.prod(reader.GetSize()), math.prod(reader.GetSpacing())
+
+
+def _reader(path: Path) -> sitk.ImageFileReader:
+    """A reader that has read the header."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        # SimpleITK aborts the process on such a name.
+        raise Rejected(Reason.UNREADABLE, "its name is no valid text: rename the file or its folder") from None
     reader = sitk.ImageFileReader()
     reader.SetFileName(str(path))
     reader.ReadImageInformation()
-    return tuple(int(size) for size in reader.GetSize())
+    return reader
+
+
+def _read(path: Path, file_bytes: int) -> sitk.Image:
+    reader = _reader(path)
+    shape = tuple(int(size) for size in reader.GetSize())
+    if len(shape) != 3:
+        raise Rejected(Reason.NOT_3D, f"{len(shape)} axes of sizes {list(shape)}, expected 3")
+    if reader.GetNumberOfComponents() != 1:
+        raise Rejected(Reason.NOT_3D, f"{reader.GetNumberOfComponents()} numbers a voxel, expected 1")
+    if np.prod(shape, dtype=float) > file_bytes * _LARGEST_RATIO:
+        raise Rejected(Reason.UNREADABLE, "the header promises more voxels than the file can hold")
+    payload = _payload(path)
+    if payload.is_compressed:
+        _check_compressed(payload, math.prod(shape), _VOXEL_BYTES.get(reader.GetPixelID()))
+    return reader.Execute()
+
+
+@dataclass(frozen=True)
+class _Payload:
+    """Where the voxels lie: files, each with the place of its first byte of data."""
+
+    is_nrrd: bool
+    is_compressed: bool
+    parts: list[tuple[Path, int]]
+    num_skipped: int = 0
+    """Bytes of each decoded part that come before its voxels."""
+
+
+def _payload(path: Path) -> _Payload:
+    with open(path, "rb") as file:
+        is_nrrd = file.read(4) == b"NRRD"
+        file.seek(0)
+        fields, names = _fields(file, is_nrrd)
+        start = file.tell()
+    get = fields.get
+    is_compressed = get("encoding", "") in {"gzip", "gz"} if is_nrrd else get("compresseddata", "")[:1] in {"t", "1"}
+    line_skip = int(get("line skip") or get("lineskip") or 0) if is_nrrd else 0
+    byte_skip = int(get("byte skip") or get("byteskip") or 0) if is_nrrd else 0
+    if not is_nrrd and int(get("headersize") or 0) > 0:
+        start = int(fields["headersize"])
+    parts = [(path.parent / name, 0) for name in names] or [(path, start)]
+    if is_compressed and line_skip:
+        parts = [(part, _after_lines(part, begin, line_skip)) for part, begin in parts]
+    return _Payload(is_nrrd, is_compressed, parts, max(byte_skip, 0))
+
+
+def _fields(file: IO[bytes], is_nrrd: bool) -> tuple[dict[str, str], list[str]]:
+    """The header's fields in small letters and the data files that it names; leaves the file at the end of the header.
+
+    A NRRD header ends with an empty line, one of MetaImage with ElementDataFile.
+    """
+    fields: dict[str, str] = {}
+    for _ in range(_MOST_LINES):
+        line = file.readline(_LONGEST_LINE).decode("latin-1")
+        if not line or (is_nrrd and not line.strip()):
+            return fields, []
+        key, value = _field(line, is_nrrd)
+        fields[key] = value.lower()
+        if key in _DATA_FILE:
+            if value.split()[:1] == ["LIST"]:
+                lines = file.read(_LONGEST_LINE * 16).decode("latin-1").splitlines()
+                return fields, [name.strip() for name in lines if name.strip()]
+            if not is_nrrd or value == "LOCAL":
+                return fields, [] if value in {"", "LOCAL"} else [value]
+            names = [value]
+            return fields | _fields(file, is_nrrd)[0], names
+    raise ValueError("the header has no end")
+
+
+def _field(line: str, is_nrrd: bool) -> tuple[str, str]:
+    key, _, value = line.partition(":" if is_nrrd or "=" not in line else "=")
+    return key.strip().lower(), value.strip()
+
+
+def _after_lines(path: Path, start: int, count: int) -> int:
+    with open(path, "rb") as file:
+        file.seek(start)
+        for _ in range(count):
+            file.readline()
+        return file.tell()
+
+
+def _check_compressed(payload: _Payload, num_voxels: int, voxel_bytes: int | None) -> None:
+    """Decode to the end, keep nothing: ITK takes what it got before the damage and leaves the rest as it was."""
+    found = sum(_num_decoded(path, start, payload.is_nrrd) - payload.num_skipped for path, start in payload.parts)
+    if voxel_bytes is not None and found != num_voxels * voxel_bytes:
+        detail = f"the data decode to {found} bytes, the header promises {num_voxels * voxel_bytes}"
+        raise Rejected(Reason.UNREADABLE, detail)
+
+
+def _num_decoded(path: Path, start: int, many: bool) -> int:
+    """Length of a zlib or gzip stream once decoded; zlib.error or Rejected where it is damaged or cut off.
+
+    many: whether another gzip stream that follows at once belongs to it, as NRRD readers have it.
+    """
+    if not path.is_file():
+        raise Rejected(Reason.UNREADABLE, "a data file that the header names is not there")
+    decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
+    count = 0
+    with open(path, "rb") as file:
+        file.seek(start)
+        data = file.read(_PIECE)
+        while True:
+            decoded = decoder.decompress(data, _PIECE)
+            count += len(decoded)
+            if decoder.eof:
+                data = decoder.unused_data + file.read(_PIECE)
+                if not (many and data.startswith(_GZIP)):
+                    return count
+                decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
+                continue
+            data = decoder.unconsumed_tail or file.read(_PIECE)
+            if not data and not decoded:
+                raise Rejected(Reason.UNREADABLE, "the compressed data are cut off")
+
+
+def _read_through(path: Path) -> None:
+    """Raise Rejected where it was the system that could not read a file: ITK does not tell that from damage."""
+    try:
+        with open(path, "rb"):
+            parts = [path, *(part for part, _ in _payload(path).parts)]
+        for part in parts:
+            if part.is_file():
+                with open(part, "rb") as file:
+                    while file.read(_PIECE):
+                        pass
+    except OSError as error:
+        raise reading_failed(error, "the file cannot be read") from None
+    except ValueError:
+        return
 
 
 def detached_files(root: Path, file: str) -> tuple[str, ...]:
@@ -68,7 +226,7 @@ def detached_files(root: Path, file: str) -> tuple[str, ...]:
 def _named(lines: list[str]) -> list[str]:
     for number, line in enumerate(lines):
         key, _, value = line.partition("=" if "=" in line else ":")
-        if key.strip().lower() not in {"elementdatafile", "data file", "datafile"}:
+        if key.strip().lower() not in _DATA_FILE:
             continue
         if value.strip().split()[:1] == ["LIST"]:
             return [name.strip() for name in lines[number + 1 :] if name.strip()]

@@ -1,5 +1,6 @@
 """One source in, one scan out, whatever its format."""
 
+import os
 from pathlib import Path
 
 from data_pipeline.reasons import Reason, Rejected
@@ -15,9 +16,9 @@ def read_source(root: Path, source: Source) -> Scan:
     if source.problem is not None:
         raise Rejected(*source.problem)
     paths = source.paths(root)
-    gone = [path for path in paths if not path.is_file()]
+    gone = [path for path in paths if not os.path.isfile(path)]
     if gone:
-        raise Rejected(Reason.UNREADABLE, f"{len(gone)} of {len(paths)} files are gone since the folder was scanned")
+        raise Rejected(Reason.IO_ERROR, f"{len(gone)} of {len(paths)} files are gone since the folder was scanned")
     match source.format:
         case "nifti":
             from data_pipeline.sources.nifti import read_nifti

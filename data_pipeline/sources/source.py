@@ -26,6 +26,8 @@ class Source:
     """By the header; 0 where it could not be read."""
     problem: tuple[Reason, str] | None = None
     """Why it can be refused without reading a voxel: reason and detail."""
+    voxel_mm3: float = 0.0
+    """Of one voxel, by the header; 0 where it could not be read."""
 
     @property
     def key(self) -> str:

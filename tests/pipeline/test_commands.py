@@ -48,7 +48,8 @@ def test_scan_build_verify_stats(source: Path, tmp_path: Path, capsys: pytest.Ca
     _damage(store)
     assert run(["data", "verify", str(store), "--deep"]) == 3
     assert "damage in" in capsys.readouterr().out
-    assert run(["data", "verify", str(store)]) in {0, 3}
+    # A bit that turned changes no size: only --deep reads it.
+    assert run(["data", "verify", str(store)]) == 0
 
 
 def _damage(store: Path) -> None:

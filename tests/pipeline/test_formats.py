@@ -1,5 +1,6 @@
 """Every accepted format, lying in every way, is stored as SimpleITK reads it, voxel for voxel."""
 
+import gzip
 from pathlib import Path
 
 import nibabel as nib
@@ -141,6 +142,23 @@ def test_dicom_without_preamble_and_without_identity(tmp_path: Path) -> None:
     assert [len(source.files) for source in sources] == [len(phantom())] * 2
     for seed, source in enumerate(sources):
         np.testing.assert_array_equal(read_source(tmp_path, source).voxels.transpose(2, 1, 0), phantom(seed))
+
+
+def test_compressed_nrrd_with_skips_and_two_streams(tmp_path: Path) -> None:
+    write_image(tmp_path / "scan.nrrd", phantom())
+    sitk.WriteImage(sitk.ReadImage(str(tmp_path / "scan.nrrd")), str(tmp_path / "scan.nrrd"), useCompression=True)
+    header, _, data = (tmp_path / "scan.nrrd").read_bytes().partition(b"\n\n")
+    voxels = b"skip" + gzip.decompress(data)
+    data = b"two\nlines\n" + gzip.compress(voxels[:5000]) + gzip.compress(voxels[5000:])
+    (tmp_path / "scan.nrrd").write_bytes(header + b"\nline skip: 2\nbyte skip: 4\n\n" + data)
+    _assert_as_oracle(tmp_path, [tmp_path / "scan.nrrd"])
+
+
+@pytest.mark.parametrize("suffix", ["mha", "mhd", "nrrd", "nhdr"])
+def test_compressed_itk_files(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"scan.{suffix}"
+    sitk.WriteImage(sitk.GetImageFromArray(phantom()), str(path), useCompression=True)
+    _assert_as_oracle(tmp_path, [path])
 
 
 def test_detached_data_belongs_to_its_header(tmp_path: Path) -> None:

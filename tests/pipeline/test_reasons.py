@@ -1,5 +1,7 @@
 """What must not get into a store is refused with the code that says why, and nothing is lost on the way."""
 
+import os
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -71,6 +73,12 @@ def test_dicom_series_that_are_no_volume(tmp_path: Path, series: Series, reason:
 def test_missing_slices_are_found_by_position_and_counted(tmp_path: Path) -> None:
     write_series(tmp_path, SERIES, skip=(5, 6, 11))
     assert _reason(tmp_path) == ("missing_slices", "3 of 18 slices missing by their positions")
+
+
+@pytest.mark.parametrize("step", [0.06, 0.1, 0.2, 0.3, 0.34, 0.4])
+def test_a_missing_slice_is_found_in_a_fine_stack(tmp_path: Path, step: float) -> None:
+    write_series(tmp_path, replace(SERIES, spacing_mm=(step, 0.9, 0.8)), skip=(8,))
+    assert _reason(tmp_path) == ("missing_slices", "1 of 18 slices missing by their positions")
 
 
 def test_positions_written_with_one_decimal_are_no_uneven_spacing(tmp_path: Path) -> None:
@@ -147,6 +155,49 @@ def _promising(root: Path) -> None:
     (root / "scan.nrrd").write_bytes(header.encode() + b"\x1f\x8b" + b"\0" * 50)
 
 
+def _flipped(suffix: str, data: str, at: float) -> Callable[[Path], None]:
+    """Compressed data with one bit turned, which the libraries pass on as other voxels or as zeros."""
+
+    def write(root: Path) -> None:
+        image = sitk.GetImageFromArray(phantom())
+        sitk.WriteImage(image, str(root / f"scan.{suffix}"), useCompression=True)
+        raw = bytearray((root / data).read_bytes())
+        raw[int(len(raw) * at) - 1] ^= 4
+        (root / data).write_bytes(raw)
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("suffix", "data"),
+    [
+        ("nii.gz", "scan.nii.gz"),
+        ("mha", "scan.mha"),
+        ("mhd", "scan.zraw"),
+        ("nrrd", "scan.nrrd"),
+        ("nhdr", "scan.raw.gz"),
+    ],
+)
+@pytest.mark.parametrize("at", [0.5, 0.8, 1.0])
+def test_damaged_compressed_data_are_refused(tmp_path: Path, suffix: str, data: str, at: float) -> None:
+    _flipped(suffix, data, at)(tmp_path)
+    assert _reason(tmp_path)[0] == "unreadable"
+
+
+@pytest.mark.parametrize("change", [-2, 2])
+def test_compressed_data_of_another_length_than_promised_are_refused(tmp_path: Path, change: int) -> None:
+    sitk.WriteImage(sitk.GetImageFromArray(phantom()), str(tmp_path / "scan.mhd"), useCompression=True)
+    voxels = (phantom().tobytes() + b"\0\0")[: phantom().nbytes + change]
+    (tmp_path / "scan.zraw").write_bytes(zlib.compress(voxels))
+    assert "decode to" in _reason(tmp_path)[1]
+
+
+def test_a_name_that_is_no_text_is_refused_before_simpleitk_aborts(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "scan.nrrd", phantom())
+    os.rename(path, os.fsencode(tmp_path) + b"/sc\xe4n.nrrd")
+    assert _reason(tmp_path) == ("unreadable", "its name is no valid text: rename the file or its folder")
+
+
 @pytest.mark.parametrize(
     ("write", "reason"),
     [
@@ -192,6 +243,29 @@ def test_every_file_is_an_input_or_counted_as_ignored(tmp_path: Path) -> None:
     assert [source.format for source in tree.sources] == ["unknown", "mha", "unknown", "dicom", "unknown"]
     unreadable = [source for source in tree.sources if source.format == "unknown"]
     assert all(source.problem and source.problem[0] == Reason.UNREADABLE for source in unreadable)
+
+
+@pytest.mark.parametrize("name", ["scan.nii", "scan.mha", "what"])
+def test_what_is_no_regular_file_is_refused_unopened(tmp_path: Path, name: str) -> None:
+    write_image(tmp_path / "good.nii", phantom())
+    os.mkfifo(tmp_path / name)
+    (tmp_path / "gone.nii").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    problems = {source.name: source.problem for source in find_sources(tmp_path).sources}
+    assert problems == {
+        "good.nii": None,
+        name: (Reason.UNREADABLE, "a pipe, a socket or a device, no file"),
+        "gone.nii": (Reason.UNREADABLE, "a link to something that is not there"),
+        "loop": (Reason.UNREADABLE, "a link to something that is not there"),
+    }
+
+
+def test_details_say_what_was_found(tmp_path: Path) -> None:
+    _nifti(phantom(), _sheared())(tmp_path)
+    # The third axis leans by atan(0.5 / 2.5).
+    assert _reason(tmp_path)[1] == "two axes of the grid are 11.31 degrees off a right angle"
+    _nifti((phantom() > 0).astype(np.uint8))(tmp_path)
+    assert _reason(tmp_path)[1].endswith(": normalised, or a mask")
 
 
 def test_linked_folders_are_entered_once(tmp_path: Path) -> None:
