@@ -36,7 +36,7 @@ suite: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations 10
 
 bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.demo_step
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
 
 soak: $(READY)  ## the long golden runs that the suite leaves out
 	OMP_NUM_THREADS=1 MIM_SCALE_ALL_GOLDEN=1 $(BIN)/python -m pytest tests/models/test_golden.py

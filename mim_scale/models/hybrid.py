@@ -1,7 +1,7 @@
 """The hybrid encoder: convolution stages that halve the grid, then a transformer on visible tokens (method: 2.1).
 
 With a mask, the stages run on visible tokens only, packed side by side; hidden positions are not computed. Without one
-they run on the whole grid. `stage_rows` also runs masked whole grids: the reference that the packed path must equal.
+they run on the whole grid.
 B views, Z Y X voxels of a view, L tokens of it, V visible ones, T those of all views, C the transformer's width.
 """
 
@@ -75,8 +75,12 @@ class HybridEncoder(nn.Module):
         """
         if visible is not None:
             return self.encode_groups([views], [visible])[0]
-        *stages, embedded = self.stage_rows(views, None)
-        return self._tokens(stages, embedded)
+        return self.on_whole_grids(views)
+
+    def on_whole_grids(self, views: Tensor, visible: Tensor | None = None) -> Tensor:
+        """`forward` with every position computed; with a mask, the reference that packed tokens must equal."""
+        *stages, embedded = self.stage_rows(views, visible)
+        return self._tokens(stages, embedded, visible)
 
     def encode_groups(self, views: Sequence[Tensor], visible: Sequence[Tensor]) -> list[Tensor]:
         """`forward` for groups of views that differ in V, in as few and large calls as that allows."""
@@ -104,7 +108,7 @@ class HybridEncoder(nn.Module):
             Channels-first maps, finest first: [B, widths[i], Z / 2^(i+1), Y / 2^(i+1), X / 2^(i+1)].
         """
         *stages, embedded = self.stage_rows(views, None)
-        tokens = self._tokens(stages, embedded).view(len(views), *self.grid, -1)
+        tokens = self._tokens(stages, embedded, None).view(len(views), *self.grid, -1)
         return [rows.movedim(-1, 1) for rows in (*stages, tokens)]
 
     def stage_rows(self, views: Tensor, visible: Tensor | None) -> list[Tensor]:
@@ -137,10 +141,10 @@ class HybridEncoder(nn.Module):
         result: Tensor = self.fusions[stage](blocks)
         return result
 
-    def _tokens(self, stages: list[Tensor], embedded: Tensor) -> Tensor:
-        tokens = self.transform(embedded, None)
+    def _tokens(self, stages: list[Tensor], embedded: Tensor, visible: Tensor | None) -> Tensor:
+        tokens = self.transform(embedded, visible)
         for stage, rows in enumerate(stages):
-            tokens = tokens + self.fuse(stage, rows, None)
+            tokens = tokens + self.fuse(stage, rows, visible)
         result: Tensor = self.norm(tokens)
         return result
 

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from mim_scale.config import Checkpointing, Size3
 from mim_scale.errors import ConfigError
@@ -124,22 +123,12 @@ def test_packed_tokens_equal_masked_whole_grids(
     visible = [random_masks(2, tokens, count, seed + n)[0].flip(1) for n, count in enumerate(counts)]
     views = [torch.rand(2, 1, *encoder.view, dtype=torch.float64, requires_grad=True) for _ in visible]
     packed = encoder.encode_groups(views, visible)
-    whole = [masked_whole_grids(encoder, *group) for group in zip(views, visible, strict=True)]
+    whole = [encoder.on_whole_grids(*group) for group in zip(views, visible, strict=True)]
     inputs = [*views, *encoder.parameters()]
     weights = [torch.randn_like(group) for group in packed]
     gradients = [torch.autograd.grad(run, inputs, weights) for run in (packed, whole)]
     for ours, reference in zip([*packed, *gradients[0]], [*whole, *gradients[1]], strict=True):
         torch.testing.assert_close(ours, reference, rtol=1e-9, atol=1e-9)
-
-
-def masked_whole_grids(encoder: HybridEncoder, views: Tensor, visible: Tensor) -> Tensor:
-    """The reference: every position computed, hidden ones kept out of visible ones by zeros."""
-    *stages, embedded = encoder.stage_rows(views, visible)
-    tokens = encoder.transform(embedded, visible)
-    for number, rows in enumerate(stages):
-        tokens = tokens + encoder.fuse(number, rows, visible)
-    result: Tensor = encoder.norm(tokens)
-    return result
 
 
 def test_all_tokens_shown_equals_nothing_hidden() -> None:
