@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from mim_scale.errors import ConfigError, DamagedError
+from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import volume_folder
 from mim_scale.streaming.reader import SampleReader
 from mim_scale.streaming.stream_threads import ThreadStream
@@ -61,6 +62,23 @@ class StreamContract:
             items = schedule(7)
             for batch, positions in zip(stream.batches(items), items, strict=True):
                 assert_equal(batch, reader.batch(positions))
+
+    def test_ranks_together_read_the_batches_of_one(self, reader):
+        """One, two and three ranks, two steps of six samples: the same samples in the same order, bit for bit."""
+        alone = reader.batch(range(12))
+        for world in (1, 2, 3):
+            shares = []
+            for rank in range(world):
+                items = [part for step in range(2) for part in micro_batches(step, 6, 1, rank, world)]
+                with self.open(reader) as stream:
+                    shares.append(list(stream.batches(items)))
+            rounds = 6 // world
+            per_step = [share[step * rounds : (step + 1) * rounds] for step in range(2) for share in shares]
+            found = [batch for part in per_step for batch in part]
+            assert sum((batch.keys for batch in found), ()) == alone.keys
+            for name in ("positions", "blocks"):
+                together = np.concatenate([getattr(batch, name) for batch in found])
+                np.testing.assert_array_equal(together, getattr(alone, name))
 
     def test_resume_is_an_integer_and_a_stream_serves_again(self, reader):
         with self.open(reader) as stream:
