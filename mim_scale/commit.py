@@ -72,6 +72,7 @@ def publish_folder(temporary: Path, final: Path) -> None:
     replaced = temporary.with_name(temporary.name + "-replaced")
     while not _take_place(temporary, final):
         # No exchange on this file system: for an instant nothing has the final name.
+        shutil.rmtree(replaced, ignore_errors=True)
         with contextlib.suppress(FileNotFoundError):
             os.replace(final, replaced)
     sync_folder(final.parent)

@@ -104,8 +104,13 @@ def test_without_an_exchange_a_folder_is_replaced_all_the_same(tmp_path: Path, m
     assert [path.name for path in tmp_path.iterdir()] == ["export"]
 
 
-def test_writers_of_one_process_id_do_not_meet(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_exchange", [True, False])
+def test_writers_of_one_process_id_do_not_meet(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_exchange: bool
+) -> None:
     """Two pods on one store: equal process ids, equal content, at the same moment."""
+    if not has_exchange:
+        monkeypatch.setattr(commit, "_exchange", lambda one, other: False)
     final = tmp_path / "volume"
     with ThreadPoolExecutor(8) as pool:
         for done in [pool.submit(_publish, final, b"same") for _ in range(64)]:
