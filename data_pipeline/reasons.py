@@ -5,6 +5,7 @@ path or person.
 """
 
 import os
+import zlib
 from enum import StrEnum
 
 
@@ -60,4 +61,5 @@ def reading_failed(error: Exception, what: str) -> Rejected:
     # Decoders raise OSError without a number for files that are too short or no gzip: those will not pass.
     if isinstance(error, OSError) and error.errno is not None:
         return Rejected(Reason.IO_ERROR, f"{what} ({os.strerror(error.errno)}); the next build tries it again")
-    return Rejected(Reason.UNREADABLE, f"{what} ({type(error).__name__})")
+    name = "damaged compression" if isinstance(error, zlib.error) else type(error).__name__
+    return Rejected(Reason.UNREADABLE, f"{what} ({name})")

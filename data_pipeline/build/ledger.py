@@ -16,7 +16,7 @@ from typing import Any
 from data_pipeline.build.task import TaskResult
 from mim_scale.commit import TEMPORARY, write_file
 from mim_scale.errors import StoreError
-from mim_scale.store.dataset import VOLUMES
+from mim_scale.store.dataset import VOLUMES, volume_folder
 
 FOLDER = "build"
 _LEDGER = "ledger.jsonl"
@@ -115,11 +115,15 @@ def remove_leftovers(store: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
+def stored_keys(store: Path) -> set[str]:
+    """Keys of the volumes whose folders are there, whatever the tables say."""
+    return {path.name.removesuffix(".zarr") for path in (store / VOLUMES).glob("*.zarr")}
+
+
 def remove_volumes_but(store: Path, keys: set[str]) -> None:
     """Delete stored volumes that no row names."""
-    for path in (store / VOLUMES).glob("*.zarr"):
-        if path.name.removesuffix(".zarr") not in keys:
-            shutil.rmtree(path, ignore_errors=True)
+    for key in stored_keys(store) - keys:
+        shutil.rmtree(volume_folder(store, key), ignore_errors=True)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

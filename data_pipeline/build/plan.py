@@ -63,7 +63,9 @@ def _num_voxels(source: Source, config: BuildConfig) -> int:
     """Voxels in memory: those of the source, and beside them those of the resampled volume."""
     if config.spacing is None:
         return source.num_voxels
-    return source.num_voxels + math.ceil(source.num_voxels * source.voxel_mm3 / math.prod(config.spacing))
+    resampled = source.num_voxels * source.voxel_mm3 / math.prod(config.spacing)
+    # A header can hold any number; reading it will say what is wrong.
+    return source.num_voxels + (math.ceil(resampled) if 0 < resampled < math.inf else 0)
 
 
 def _digest(values: Any) -> str:

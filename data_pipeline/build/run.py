@@ -17,9 +17,10 @@ from data_pipeline.build.ledger import (
     read_ledger,
     remove_leftovers,
     remove_volumes_but,
+    stored_keys,
     write_finished,
 )
-from data_pipeline.build.plan import make_tasks, settings, tree_digest
+from data_pipeline.build.plan import PIPELINE_VERSION, make_tasks, settings, tree_digest
 from data_pipeline.build.task import Task, TaskResult, build_volume
 from data_pipeline.reasons import PASSING, Reason
 from data_pipeline.sources.find import find_files, find_sources
@@ -99,12 +100,11 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
     with builder_lock(store):
         remove_leftovers(store)
         _make_volumes_folder(store)
-        if is_damaged:
-            _refuse_unknown(store, tasks)
+        before = {row.key for row in last.rows} if last is not None else stored_keys(store) if is_damaged else set()
         results = _run_tasks(config, tasks, progress, work)
         rows, quarantine = _tables(tasks, results, subjects)
         _refuse_nothing(root, quarantine, rows)
-        _refuse_other_source(store, last, rows)
+        _refuse_other_source(store, before, rows)
         fingerprint = commit_dataset(store, rows, quarantine, settings(config))
         may_pass = any(row.reason in PASSING for row in quarantine)
         if not may_pass:
@@ -174,12 +174,17 @@ def _last_build(store: Path) -> tuple[Dataset | None, bool]:
 def _notes(last: Dataset | None, is_damaged: bool, rows: tuple[Row, ...], may_pass: bool) -> tuple[str, ...]:
     if is_damaged:
         return ("the record of the last build was damaged: it was written anew",)
-    dropped = {row.key for row in last.rows} - {row.key for row in rows} if last is not None else set()
-    if not dropped:
+    if last is None:
         return ()
-    if may_pass:
-        return (f"{len(dropped)} volumes of the last build are left out until their sources can be read again",)
-    return (f"{len(dropped)} volumes of the last build are no longer in the source: removed",)
+    notes = []
+    if last.record["build_config"].get("pipeline_version") != PIPELINE_VERSION:
+        notes.append("the last build was made by an older program: every volume was built again")
+    num_dropped = len({row.key for row in last.rows} - {row.key for row in rows})
+    if num_dropped and may_pass:
+        notes.append(f"{num_dropped} volumes of the last build are left out until their sources can be read again")
+    elif num_dropped:
+        notes.append(f"{num_dropped} volumes of the last build are no longer in the source: removed")
+    return tuple(notes)
 
 
 def _finished_outcome(store: Path, dataset: Dataset | None, digest: str) -> Outcome | None:
@@ -210,7 +215,7 @@ def _refuse_foreign(store: Path, config: BuildConfig) -> None:
     has_record = (store / RECORD).is_file()
     if has_record and (before := _settings_before(store)) is not None:
         now = settings(config)
-        changed = [name for name in now if before.get(name) != now[name]]
+        changed = [name for name in now if before.get(name) != now[name] and not _is_older(name, before)]
         if changed:
             shown = ", ".join(
                 f"{name} {json.dumps(before.get(name))} there and {json.dumps(now[name])} here" for name in changed
@@ -220,6 +225,12 @@ def _refuse_foreign(store: Path, config: BuildConfig) -> None:
             )
     elif not is_begun(store) and any(store.iterdir()) and not _has_our_names(store):
         raise StoreError(f"{store}: exists and is no store; nothing was touched; choose another folder")
+
+
+def _is_older(name: str, before: dict[str, Any]) -> bool:
+    """Whether this is the pipeline's version and an older one: its results are built again, which is no refusal."""
+    version = before.get(name)
+    return name == "pipeline_version" and isinstance(version, int) and version < PIPELINE_VERSION
 
 
 def _settings_before(store: Path) -> dict[str, Any] | None:
@@ -234,16 +245,6 @@ def _settings_before(store: Path) -> dict[str, Any] | None:
 def _has_our_names(store: Path) -> bool:
     """Whether a folder with a damaged record, whose build/ was removed, still looks like a store."""
     return (store / RECORD).is_file() and (store / MANIFEST).is_file() and (store / VOLUMES).is_dir()
-
-
-def _refuse_unknown(store: Path, tasks: list[Task]) -> None:
-    """A damaged record cannot say what the store was built from: the ledger has to know one of the inputs."""
-    known = read_ledger(store)
-    if known and not any(task.key in known for task in tasks):
-        raise StoreError(
-            f"{store}: its record is damaged, and it was built from another source or with other settings; "
-            "build into another folder, or delete this one"
-        )
 
 
 def _make_volumes_folder(store: Path) -> None:
@@ -263,12 +264,9 @@ def _refuse_nothing(root: Path, quarantine: tuple[QuarantineRow, ...], rows: tup
         raise SourceError(f"{root}: none of {len(quarantine)} inputs can be stored: {reasons}")
 
 
-def _refuse_other_source(store: Path, last: Dataset | None, rows: tuple[Row, ...]) -> None:
+def _refuse_other_source(store: Path, before: set[str], rows: tuple[Row, ...]) -> None:
     """A store that would lose every volume it has was built from something else."""
-    if last is None:
-        return
-    before = {row.key for row in last.rows}
-    if not before & {row.key for row in rows}:
+    if before and not before & {row.key for row in rows}:
         remove_volumes_but(store, before)
         raise StoreError(
             f"{store}: holds {len(before)} volumes and none of them is in this source; build into another folder, "

@@ -90,6 +90,8 @@ def _read(path: Path, file_bytes: int) -> sitk.Image:
     if np.prod(shape, dtype=float) > file_bytes * _LARGEST_RATIO:
         raise Rejected(Reason.UNREADABLE, "the header promises more voxels than the file can hold")
     payload = _payload(path)
+    if any(part.exists() and not part.is_file() for part, _ in payload.parts):
+        raise Rejected(Reason.UNREADABLE, "the header names a data file that is no regular file")
     if payload.is_compressed:
         _check_compressed(payload, math.prod(shape), _VOXEL_BYTES.get(reader.GetPixelID()))
     return reader.Execute()
@@ -156,7 +158,8 @@ def _after_lines(path: Path, start: int, count: int) -> int:
     with open(path, "rb") as file:
         file.seek(start)
         for _ in range(count):
-            file.readline()
+            if not file.readline():
+                break
         return file.tell()
 
 

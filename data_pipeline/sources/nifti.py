@@ -51,7 +51,7 @@ def read_nifti(path: Path) -> Scan:
     affine = np.array(image.affine, dtype=np.float64)
     if int(header["sform_code"]) <= 0 and int(header["qform_code"]) <= 0:
         repairs.append("orientation_assumed")
-    unit = _MM_PER_UNIT.get(header.get_xyzt_units()[0], 1.0)
+    unit = _mm_per_unit(image)
     if unit != 1.0:
         affine[:3] *= unit
         repairs.append("unit_converted")
@@ -66,8 +66,7 @@ def header_size(path: Path) -> tuple[int, float]:
     """
     with _opened(path) as file:
         image, shape = _header(file)
-    unit = _MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
-    return math.prod(shape), math.prod(float(step) * unit for step in image.header.get_zooms()[:3])
+    return math.prod(shape), math.prod(float(step) * _mm_per_unit(image) for step in image.header.get_zooms()[:3])
 
 
 @contextmanager
@@ -97,6 +96,13 @@ def _header(file: IO[bytes]) -> tuple[Any, tuple[int, ...]]:
     if any(size < 1 for size in shape):
         raise Rejected(Reason.UNREADABLE, f"the header gives axes of sizes {list(shape)}")
     return image, shape
+
+
+def _mm_per_unit(image: Any) -> float:
+    try:
+        return _MM_PER_UNIT.get(image.header.get_xyzt_units()[0], 1.0)
+    except KeyError:
+        raise Rejected(Reason.NO_GEOMETRY, "the header gives a unit of length that NIfTI does not know") from None
 
 
 def _voxels(file: IO[bytes], image: Any) -> NDArray[Any]:

@@ -184,6 +184,23 @@ def test_damaged_compressed_data_are_refused(tmp_path: Path, suffix: str, data: 
     assert _reason(tmp_path)[0] == "unreadable"
 
 
+def test_data_in_a_pipe_are_refused_unopened(tmp_path: Path) -> None:
+    write_image(tmp_path / "scan.mhd", phantom())
+    (tmp_path / "scan.raw").unlink()
+    os.mkfifo(tmp_path / "scan.raw")
+    source = next(source for source in find_sources(tmp_path).sources if source.name == "scan.mhd")
+    with pytest.raises(Rejected, match="no regular file"):
+        read_source(tmp_path, source)
+
+
+def test_an_unknown_unit_of_length_is_no_geometry(tmp_path: Path) -> None:
+    path = write_image(tmp_path / "scan.nii", phantom())
+    raw = bytearray(path.read_bytes())
+    raw[123] = 255
+    path.write_bytes(raw)
+    assert _reason(tmp_path)[0] == "no_geometry"
+
+
 @pytest.mark.parametrize("change", [-2, 2])
 def test_compressed_data_of_another_length_than_promised_are_refused(tmp_path: Path, change: int) -> None:
     sitk.WriteImage(sitk.GetImageFromArray(phantom()), str(tmp_path / "scan.mhd"), useCompression=True)

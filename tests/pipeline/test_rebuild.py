@@ -139,13 +139,31 @@ def test_a_damaged_record_does_not_give_the_store_to_another_source(source: Path
     rows = _build(source, store).rows
     (store / "dataset.json").write_text("{")
     write_image(tmp_path / "other" / "a.nii", phantom(7))
-    with pytest.raises(StoreError, match="another source or with other settings"):
+    with pytest.raises(StoreError, match="none of them is in this source"):
         _build(tmp_path / "other", store)
-    assert all(volume_folder(store, row.key).is_dir() for row in rows)
+    assert {path.name for path in (store / "volumes").iterdir()} == {f"{row.key}.zarr" for row in rows}
     (tmp_path / "foreign").mkdir()
     (tmp_path / "foreign" / "dataset.json").write_text("{}")
     with pytest.raises(StoreError, match="is no store; nothing was touched"):
         _build(source, tmp_path / "foreign")
+
+
+def test_a_store_of_an_older_pipeline_is_built_again(
+    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from data_pipeline.build import plan
+
+    with monkeypatch.context() as patch:
+        patch.setattr(plan, "PIPELINE_VERSION", plan.PIPELINE_VERSION - 1)
+        first = _build(source, store)
+    outcome = _build(source, store)
+    assert outcome.notes == ("the last build was made by an older program: every volume was built again",)
+    assert outcome.fingerprint == first.fingerprint
+    assert _build(source, store).was_complete
+    monkeypatch.setattr(plan, "PIPELINE_VERSION", plan.PIPELINE_VERSION - 1)
+    monkeypatch.setattr("data_pipeline.build.run.PIPELINE_VERSION", plan.PIPELINE_VERSION)
+    with pytest.raises(StoreError, match="pipeline_version 2 there and 1 here"):
+        _build(source, store)
 
 
 def test_verify_says_what_mends_what(source: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:
