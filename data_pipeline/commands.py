@@ -1,5 +1,6 @@
 """The verbs of `mim-scale data` and `mim-scale example-data`: each prints what happened and returns an exit code."""
 
+import io
 import json
 import os
 import sys
@@ -205,6 +206,9 @@ class _Bar:
 
 
 def _console() -> Console:
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Names of folders need not be valid text: they are printed as the system wrote them.
+        sys.stdout.reconfigure(errors="surrogateescape")
     # Paths and details are shown as they are: square brackets in them are no markup.
     width = None if sys.stdout.isatty() else _WIDTH
     return Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)

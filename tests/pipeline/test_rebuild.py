@@ -284,6 +284,17 @@ def test_a_disk_that_takes_no_more_is_one_line(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_folder_whose_name_is_no_text_is_scanned_and_shown(tmp_path: Path) -> None:
+    write_image(tmp_path / "in" / "a.nii", phantom())
+    folder = os.fsencode(tmp_path) + b"/b\xe4d"
+    os.rename(tmp_path / "in", folder)
+    command = [sys.executable, "-c", "from mim_scale.cli import main; main()", "data", "scan", folder]
+    environment = os.environ | {"PYTHONIOENCODING": "utf-8:strict"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"b\xe4d STORE" in done.stdout
+
+
 def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root, store = tmp_path / "in [bold] [/x]", tmp_path / "out [bold] [/x]"
     write_image(root / "a.nii", phantom())
