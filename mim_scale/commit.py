@@ -7,10 +7,12 @@ import contextlib
 import ctypes
 import errno
 import hashlib
+import json
 import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 TEMPORARY = ".tmp-"
 """Names that start so are leftovers of a killed writer: readers ignore them, writers may delete them."""
@@ -113,3 +115,8 @@ def sha256_file(path: Path) -> str:
     """The SHA-256 of a file as hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_values(values: Any) -> str:
+    """The SHA-256, as hex, of JSON values: equal values, equal digest; text that is not valid counts as its escapes."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

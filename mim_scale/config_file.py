@@ -4,7 +4,6 @@ Unknown keys are answered with the nearest known one. Every complaint is one lin
 """
 
 import difflib
-import hashlib
 import json
 import re
 import types
@@ -16,6 +15,7 @@ from typing import Any, TypeVar
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from mim_scale.commit import sha256_values
 from mim_scale.config import Section
 from mim_scale.errors import ConfigError
 
@@ -80,7 +80,7 @@ def dump_config(config: Section) -> str:
 
 def digest_config(config: Section) -> str:
     """SHA-256 of the resolved values, as hex."""
-    return hashlib.sha256(json.dumps(config_values(config), sort_keys=True).encode()).hexdigest()
+    return sha256_values(config_values(config))
 
 
 def _apply(values: dict[str, Any], override: str) -> None:

@@ -1,13 +1,12 @@
 """What has to be done: one task a source, with a key that says when an earlier result still holds."""
 
-import hashlib
-import json
 import math
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.build.task import Task
 from data_pipeline.sources.source import Source
+from mim_scale.commit import sha256_values
 from mim_scale.config import BuildConfig
 
 PIPELINE_VERSION = 2
@@ -35,7 +34,7 @@ def _task(root: Path, source: Source, config: BuildConfig) -> Task:
     file_bytes = sum(max(size, 0) for _, size, _ in identity)
     voxels_bytes = _num_voxels(source, config) * _BYTES_PER_VOXEL or file_bytes * _UNKNOWN_RATIO
     return Task(
-        key=_digest([identity, settings(config)]),
+        key=sha256_values([identity, settings(config)]),
         root=str(root.resolve()),
         store=str(Path(config.store).resolve()),
         source=source,
@@ -47,7 +46,7 @@ def _task(root: Path, source: Source, config: BuildConfig) -> Task:
 
 def tree_digest(root: Path, files: list[str], config: BuildConfig) -> str:
     """Digest of names, sizes and times below a source folder, and of the settings."""
-    return _digest([[_identity(root, file) for file in files], settings(config)])
+    return sha256_values([[_identity(root, file) for file in files], settings(config)])
 
 
 def _identity(root: Path, file: str) -> tuple[str, int, int]:
@@ -66,8 +65,3 @@ def _num_voxels(source: Source, config: BuildConfig) -> int:
     resampled = source.num_voxels * source.voxel_mm3 / math.prod(config.spacing)
     # A header can hold any number; reading it will say what is wrong.
     return source.num_voxels + (math.ceil(resampled) if 0 < resampled < math.inf else 0)
-
-
-def _digest(values: Any) -> str:
-    # Names of files need not be valid text: json writes what is not as escapes.
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mim_scale.commit import sha256_file, sync_folder, write_file
+from mim_scale.commit import sha256_file, sha256_values, sync_folder, write_file
 from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store.array_format import FORMAT_VERSION
 from mim_scale.store.array_store import VolumeReader
@@ -90,7 +90,7 @@ def commit_dataset(
         "num_quarantined": len(quarantine),
         "files": {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()},
         "build_config": build_config_values,
-        "build_config_digest": _digest(build_config_values),
+        "build_config_digest": sha256_values(build_config_values),
     }
     _settle(path, tuple(tables))
     for name, data in tables.items():
@@ -146,7 +146,7 @@ class Dataset:
         held = {
             "fingerprint": fingerprint(rows),
             **_counts(rows),
-            "build_config_digest": _digest(record["build_config"]),
+            "build_config_digest": sha256_values(record["build_config"]),
         }
         for name, value in held.items():
             if record[name] != value:
@@ -234,7 +234,3 @@ def read_table(path: Path, record: dict[str, Any], name: str, read: Callable[[Pa
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:
     return {"num_volumes": len(rows), "num_subjects": len({row.subject for row in rows})}
-
-
-def _digest(values: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()

@@ -5,7 +5,6 @@ A checkpoint is a folder `step_00000100/` with `weights.safetensors` (fp32, by p
 made under a temporary name and published by one rename. Rank 0 alone writes and chooses.
 """
 
-import hashlib
 import importlib.metadata
 import json
 import os
@@ -20,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_scale.commit import TEMPORARY, publish_folder, sha256_file, temporary_beside, write_file
+from mim_scale.commit import TEMPORARY, publish_folder, sha256_file, sha256_values, temporary_beside, write_file
 from mim_scale.errors import CheckpointError, OtherVersionError
 
 FORMAT_VERSION = 1
@@ -84,7 +83,7 @@ class CheckpointFolder:
         save_file(moments, temporary / MOMENTS)
         files = {name: sha256_file(temporary / name) for name in (WEIGHTS, MOMENTS)}
         record = {"format_version": FORMAT_VERSION, "step": step, **facts, "versions": _versions(), "files": files}
-        record["digest"] = _digest(record)
+        record["digest"] = sha256_values(record)
         write_file(temporary / RECORD, (json.dumps(record, indent=1) + "\n").encode())
         publish_folder(temporary, final)
         self._verified.add(final.name)
@@ -164,7 +163,7 @@ def read_checkpoint(folder: Path) -> Checkpoint:
         raise CheckpointError(f"{folder}: has no {RECORD}: it was never finished, or is no checkpoint") from None
     except (ValueError, OSError):
         raise CheckpointError(f"{folder}: {RECORD} is unreadable") from None
-    if not isinstance(record, dict) or record.pop("digest", None) != _digest(record):
+    if not isinstance(record, dict) or record.pop("digest", None) != sha256_values(record):
         raise CheckpointError(f"{folder}: {RECORD} was changed after it was written")
     if record["format_version"] != FORMAT_VERSION:
         raise OtherVersionError(
@@ -198,10 +197,6 @@ def check_fits(checkpoint: Checkpoint, weights: dict[str, Tensor], expected: dic
         raise CheckpointError(
             f"{checkpoint.path}: the model has no {unknown[0]}: the checkpoint belongs to another model"
         )
-
-
-def _digest(record: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
 def _versions() -> dict[str, str]:

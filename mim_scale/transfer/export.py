@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mim_scale.commit import publish_folder, sha256_file, temporary_beside, write_file
+from mim_scale.commit import publish_folder, sha256_file, sha256_values, temporary_beside, write_file
 from mim_scale.config import ModelConfig, PretrainConfig, Size3
 from mim_scale.config_file import check_config, config_values
 from mim_scale.errors import CheckpointError, ConfigError
@@ -69,6 +69,7 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     temporary.mkdir(parents=True)
     save_file(weights, temporary / WEIGHTS)
     record = _record(config, checkpoint, weights, sha256_file(temporary / WEIGHTS))
+    record["digest"] = sha256_values(record)
     write_file(temporary / RECORD, (json.dumps(record, indent=1) + "\n").encode())
     publish_folder(temporary, folder)
     parameters = sum(tensor.numel() for tensor in weights.values())
@@ -173,6 +174,8 @@ def _read_record(folder: Path) -> dict[str, Any]:
     if not isinstance(record, dict) or record.get("format_version") != FORMAT_VERSION:
         version = record.get("format_version") if isinstance(record, dict) else None
         raise CheckpointError(f"{folder / RECORD}: format version {version}, this program reads {FORMAT_VERSION}")
+    if record.pop("digest", None) != sha256_values(record):
+        raise CheckpointError(f"{folder / RECORD}: was changed after it was written; export again")
     return record
 
 

@@ -73,6 +73,7 @@ def test_an_error_ends_in_one_line_and_its_code(
     error: BaseException, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(sys, "stdout", sys.stdout)
+
     def fail() -> int:
         raise error
 

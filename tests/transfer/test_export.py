@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import mim_scale
-from mim_scale.commit import sha256_file
+from mim_scale.commit import sha256_file, sha256_values
 from mim_scale.config_file import config_values
 from mim_scale.errors import CheckpointError
 from mim_scale.methods.mask_in_mask import MaskInMask
@@ -114,7 +114,7 @@ def rewrite(exported: Path, tensors: dict[str, torch.Tensor]) -> None:
     save_file(tensors, exported / "model.safetensors")
     record = json.loads((exported / "config.json").read_text())
     record["files"]["model.safetensors"] = sha256_file(exported / "model.safetensors")
-    (exported / "config.json").write_text(json.dumps(record))
+    seal(exported, json.dumps(record))
 
 
 def test_damage_is_one_line(exported: Path, tmp_path: Path, run: Path) -> None:
@@ -131,10 +131,20 @@ def test_damage_is_one_line(exported: Path, tmp_path: Path, run: Path) -> None:
     refused("is unreadable", exported)
     (exported / "config.json").write_text(record.replace('"format_version": 1', '"format_version": 9'))
     refused("format version 9, this program reads 1", exported)
-    (exported / "config.json").write_text(record.replace('"view"', '"look"'))
+    (exported / "config.json").write_text(record.replace("-1000.0", "-175.0"))
+    refused("was changed after it was written", exported)
+    seal(exported, record.replace('"view"', '"look"'))
     refused("'view' is missing", exported)
-    (exported / "config.json").write_text(record.replace('"depth": 1', '"depth": "one"'))
+    seal(exported, record.replace('"depth": 1', '"depth": "one"'))
     refused("depth", exported)
+
+
+def seal(exported: Path, text: str) -> None:
+    """Write a config.json with the digest that its content has."""
+    record = json.loads(text)
+    record.pop("digest")
+    record["digest"] = sha256_values(record)
+    (exported / "config.json").write_text(json.dumps(record))
 
 
 def test_tensors_that_do_not_fit_are_one_line(exported: Path, capsys: pytest.CaptureFixture[str]) -> None:
