@@ -1,6 +1,4 @@
-"""CPU seconds of a forward and backward pass on one thread: packed tokens against masked whole grids, and each
-checkpointing policy: `make bench`.
-"""
+"""CPU seconds of a step: packed tokens against masked whole grids, and each checkpointing policy: `make bench`."""
 
 import platform
 import statistics

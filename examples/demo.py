@@ -32,9 +32,9 @@ def demo() -> int:
     """Run every step; stop at the first that fails, with its exit code."""
     overrides = sys.argv[1:]
     config = load_config(PretrainConfig, CONFIG, overrides)
+    cache = default_cache().absolute()
     os.chdir(ROOT)
     os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
-    cache = default_cache()
     output = Path(config.output)
     encoder = output / "encoder"
     steps: list[tuple[str, list[str]]] = [
@@ -95,7 +95,7 @@ def report(console: Console, config: PretrainConfig, encoder: Path, seconds: lis
     for level in range(1, len(config.plan.levels) + 1):
         loss, trivial = held_out.get(f"level_{level}"), held_out.get(f"trivial_{level}")
         if loss is not None and trivial is not None:
-            share = f"ratio {loss / trivial:.2f}"
+            share = f"ratio {loss / trivial:.2f}" if trivial else "no error to compare with"
             console.print(f"held-out loss, level {level}: {loss:.5f}; trivial predictor: {trivial:.5f}; {share}")
     console.rule("[bold]Your own data", align="left")
     for command in (

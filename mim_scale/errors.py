@@ -8,20 +8,29 @@
     +-- CheckpointError      2   no checkpoint can be used, or it belongs to another run
     |   +-- OtherVersionError 2  a whole one, of another version of the format
     +-- ClusterError         2   Ray or the ranks cannot be reached or started
+    +-- HostError            2   the file system refused
     +-- DivergedError        1   the loss is not finite
     +-- BugError             1   our bug on one rank, told to the others
 
 A message is one line: what is wrong, where, what to do.
 """
 
+import atexit
+import contextlib
+import errno
 import os
+import select
 import sys
 import traceback
 from collections.abc import Callable
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 EXIT_REQUEUE = 75
 """The run was asked to stop, saved itself, and goes on when started again."""
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS}
+"""Refusals that come without a path."""
 
 
 class MimScaleError(Exception):
@@ -66,10 +75,22 @@ class BugError(MimScaleError):
     exit_code = 1
 
 
+class HostError(MimScaleError):
+    """The file system refused: a path cannot be read or written, or the disk is full."""
+
+
 class DivergedError(MimScaleError):
     """The loss or the gradient is not finite."""
 
     exit_code = 1
+
+
+def host_error(error: OSError) -> HostError | None:
+    """What a file system refused, as a line for the user; None where nothing tells a refusal from our bug."""
+    if not error.filename and error.errno not in _DISK:
+        return None
+    where = f"{error.filename}: " if error.filename else ""
+    return HostError(f"{where}{error.strerror or error}; mend that and start again")
 
 
 def exit_with(main: Callable[[], int], skip_teardown: bool = False) -> NoReturn:
@@ -80,8 +101,11 @@ def exit_with(main: Callable[[], int], skip_teardown: bool = False) -> NoReturn:
     """
     code = _code_of(main)
     if skip_teardown:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        # What was to be done at the end (a token file removed, say) is done; only the taking down is left out.
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        _flush(stream)
+    if skip_teardown:
         os._exit(code)
     sys.exit(code)
 
@@ -91,20 +115,38 @@ def _code_of(main: Callable[[], int]) -> int:
         return main()
     except MimScaleError as error:
         line, code = f"error: {error}", error.exit_code
-    except BrokenPipeError:
-        # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # so that the interpreter's last flush finds a reader
-        line, code = "", 141
-    except OSError as error:
-        where = f"{error.filename}: " if error.filename else ""
-        line, code = f"error: {where}{error.strerror or error}; mend that and start again", 2
     except KeyboardInterrupt:
         line, code = "interrupted: start the same command again to go on", 130
     except SystemExit as leaving:
         line, code = "", leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except Exception:
-        traceback.print_exc()
-        line, code = "This is a bug of mim-scale: please report it with the lines above.", 1
+    except Exception as error:
+        known = host_error(error) if isinstance(error, OSError) else None
+        if isinstance(error, BrokenPipeError) and _reader_has_gone(sys.stdout):
+            # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
+            line, code = "", 141
+        elif known:
+            line, code = f"error: {known}", known.exit_code
+        else:
+            traceback.print_exc()
+            line, code = "This is a bug of mim-scale: please report it with the lines above.", 1
     if line:
         print(line, file=sys.stderr, flush=True)
     return code
+
+
+def _reader_has_gone(stream: TextIO) -> bool:
+    """Whether a stream is a pipe that nobody reads any more."""
+    with contextlib.suppress(OSError, ValueError):
+        poller = select.poll()
+        poller.register(stream.fileno(), select.POLLOUT)
+        return any(event & select.POLLERR for _, event in poller.poll(0))
+    return False
+
+
+def _flush(stream: TextIO) -> None:
+    """Write out what a stream holds; where nobody takes it, nothing is expected of it from then on."""
+    try:
+        stream.flush()
+    except (OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -101,7 +101,8 @@ class MaskInMask(nn.Module):
     ) -> list[LevelOutput]:
         """`run_level` for every level at once: plans do not depend on features, so no level waits for another."""
         latents = self.encoder.encode_groups(views, visible)
-        features = self.decoder.decode_groups(latents, visible, hidden)
+        # By a call, not by another method: ZeRO-3 gathers what a module itself owns when it is called.
+        features = self.decoder(latents, visible, hidden)
         kept = [found[:, shown.shape[1] :] for found, shown in zip(features, visible, strict=True)]
         rows = torch.cat([part.flatten(0, 1) for part in kept])
         predicted = torch.split(self.decoder.predict(rows), [masked.numel() for masked in hidden])

@@ -35,22 +35,16 @@ class Decoder(nn.Module):
         initialise(self)
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:
-        """Features of all tokens.
+    def forward(self, latents: Sequence[Tensor], visible: Sequence[Tensor], hidden: Sequence[Tensor]) -> list[Tensor]:
+        """Features of all tokens of groups of views that differ in V and H, in one call; V + H is the same for all.
 
         Args:
-            latent: The encoder's features of the visible tokens [B, V, C].
-            visible, hidden: Token indices [B, V] and [B, H], row-major (z, y, x).
+            latents: For each group, the encoder's features of the visible tokens [B, V, C].
+            visible, hidden: For each group, token indices [B, V] and [B, H], row-major (z, y, x).
 
         Returns:
-            [B, V + H, D], visible tokens first, in the orders given: so the hidden ones are one slice.
+            For each group [B, V + H, D], visible tokens first, in the orders given: so the hidden ones are one slice.
         """
-        return self.decode_groups([latent], [visible], [hidden])[0]
-
-    def decode_groups(
-        self, latents: Sequence[Tensor], visible: Sequence[Tensor], hidden: Sequence[Tensor]
-    ) -> list[Tensor]:
-        """`forward` for groups of views that differ in V and H, all in one call: V + H is the same for all."""
         groups = zip(latents, visible, hidden, strict=True)
         tokens = torch.cat([self._fill(*group) for group in groups])
         for block in self.blocks:
@@ -64,6 +58,6 @@ class Decoder(nn.Module):
         return tokens + self.position_table[torch.cat([visible, hidden], dim=1)]
 
     def predict(self, features: Tensor) -> Tensor:
-        """Features [B, any, D] -> each token's voxels [B, any, z*y*x], row-major."""
+        """Features [..., D] -> each token's voxels [..., z*y*x], row-major."""
         result: Tensor = self.to_voxels(features)
         return result

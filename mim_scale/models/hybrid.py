@@ -83,7 +83,10 @@ class HybridEncoder(nn.Module):
         return self._tokens(stages, embedded, visible)
 
     def encode_groups(self, views: Sequence[Tensor], visible: Sequence[Tensor]) -> list[Tensor]:
-        """`forward` for groups of views that differ in V, in as few and large calls as that allows."""
+        """`forward` for groups of views that differ in V, in as few and large calls as that allows.
+
+        Not a call of the module, so the encoder must own no parameter itself: ZeRO-3 gathers those at a call.
+        """
         shapes = [group.shape for group in visible]
         rows = torch.cat([self._packed(*group) for group in zip(views, visible, strict=True)])
         tokens, num_views = self._packed_tokens(visible)

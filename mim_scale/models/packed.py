@@ -1,7 +1,8 @@
 """Visible tokens side by side, so that hidden ones cost nothing in whatever looks at one position at a time.
 
-A token's positions at a stage are a small cube of rows. Only the depthwise convolution looks beyond it: for that alone
-the rows are spread over the views' whole grids, zeros where hidden, and taken back (method: section 4.2).
+A token is a cube, and its positions at a stage are a small cube of rows. Only the depthwise convolution looks beyond
+it: for that alone the rows are spread over the views' whole grids, zeros where hidden, and taken back (method: section
+4.2).
 B views, V visible tokens of each, T visible tokens of all views, f positions of a token along an axis.
 """
 

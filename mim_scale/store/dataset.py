@@ -163,7 +163,13 @@ class Dataset:
     @cached_property
     def quarantine(self) -> tuple[QuarantineRow, ...]:
         """The inputs that the build refused, sorted by source key."""
-        return read_table(self.path, self.record, QUARANTINE, read_quarantine)
+        rows = read_table(self.path, self.record, QUARANTINE, read_quarantine)
+        if len(rows) != self.record["num_quarantined"]:
+            raise DamagedError(
+                f"{self.path}: {RECORD} says num_quarantined {self.record['num_quarantined']}, but it is {len(rows)}; "
+                "build the store again"
+            )
+        return rows
 
     def reader(self, row: Row) -> VolumeReader:
         """The reader of a volume; the most recent ones stay open."""

@@ -62,8 +62,11 @@ def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
         MimScaleError: bad settings, store, checkpoint or cluster; damaged bytes; a loss that is not finite. With
             several ranks, a SystemExit with the same code, after one of them has printed the line.
     """
+    stop = stop or StopRequest()
+    if stop.signal is not None:
+        return EXIT_REQUEUE
     with joined(read_placement(os.environ)) as ranks:
-        code = _pretrain(config, ranks, stop or StopRequest())
+        code = _pretrain(config, ranks, stop)
         # Leave together: a launcher ends the others as soon as one is gone, and rank 0 may have rows to send yet.
         ranks.gather([0.0])
         return code
@@ -172,8 +175,8 @@ def _measure(run: _Run, step: int) -> None:
     if not math.isfinite(math.fsum(values.values())):
         run.ranks.fail(
             DivergedError(
-                f"step {step}: the held-out loss is not finite; the last checkpoint is from before it: lower "
-                "optimizer.learning_rate, or set optimizer.clip_norm, in a new output folder"
+                f"step {step}: the held-out loss is not finite: lower optimizer.learning_rate, or set "
+                "optimizer.clip_norm, in a new output folder"
             )
         )
     run.records.row("held_out", step, held_out=values)

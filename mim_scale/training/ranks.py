@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-from mim_scale.errors import BugError, ClusterError, MimScaleError
+from mim_scale.errors import BugError, ClusterError, MimScaleError, host_error
 from mim_scale.training.placement import Placement, exported
 from mim_scale.training.stop import signals_end_the_process
 
@@ -98,11 +98,15 @@ class Ranks:
         except MimScaleError as error:
             self.agree(error)
             raise
-        except Exception as bug:
-            # The others must not wait for this rank; its own traceback says the rest.
-            if self.world > 1:
+        except Exception as error:
+            if self.world == 1 or is_lost_peer(error):
+                raise
+            # The others must not wait for this rank.
+            known: MimScaleError | None = host_error(error) if isinstance(error, OSError) else None
+            if known is None:
                 traceback.print_exc()
-                self.agree(BugError(f"rank {self.rank}: {type(bug).__name__}, see the lines above; please report it"))
+                known = BugError(f"rank {self.rank}: {type(error).__name__}, see the lines above; please report it")
+            self.agree(known)
             raise
         self.agree(None)
         return result

@@ -25,7 +25,8 @@ def signals_end_the_process() -> Iterator[None]:
         yield
     finally:
         for number, handler in handlers.items():
-            signal.signal(number, handler)
+            if handler is not None:
+                signal.signal(number, handler)
 
 
 class StopRequest:

@@ -86,7 +86,7 @@ def test_every_activation_and_loss_of_a_view_is_golden(size: str, count: int, ra
     assert golden.error(f"{name}.act.blocks4", encoder.transform(embedded, visible)) < TOLERANCE
     latent = encoder(views, visible)
     assert golden.error(f"{name}.latent", latent) < TOLERANCE
-    features = in_grid_order(method.decoder(latent, visible, hidden), visible, hidden)
+    features = in_grid_order(method.decoder([latent], [visible], [hidden])[0], visible, hidden)
     assert golden.error(f"{name}.decoder_feature", features) < TOLERANCE
     assert golden.error(f"{name}.pred", method.decoder.predict(features)) < TOLERANCE
     if len(hidden[0]):

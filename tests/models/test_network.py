@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from mim_scale.config import Checkpointing, Size3
 from mim_scale.errors import ConfigError
+from mim_scale.models import depthwise
 from mim_scale.models.depthwise import DepthwiseConv
 from mim_scale.models.hybrid import HybridEncoder
 from mim_scale.models.patches import in_grid_order, patchify, pool_cells, unpatchify, visible_grid
@@ -66,6 +67,9 @@ def test_depthwise_gradients_are_those_of_autograd(shape: tuple[int, ...], kerne
     torch.testing.assert_close(ours, stock, rtol=1e-12, atol=1e-12)
     for computed, wanted in zip(torch.autograd.grad(ours, inputs, gradient), expected, strict=True):
         torch.testing.assert_close(computed, wanted, rtol=1e-11, atol=1e-11)
+    # What a GPU takes for the weight, run here on the CPU.
+    on_gpu = depthwise._stock_weight_gradient(rows.detach(), gradient, kernel)
+    torch.testing.assert_close(on_gpu, expected[1], rtol=1e-11, atol=1e-11)
 
 
 def test_depthwise_gradients_over_many_slabs() -> None:

@@ -97,6 +97,15 @@ def test_batches_through_ray_on_two_ranks(two_ranks: Path, config_path: Path, tm
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+def test_stage_3_from_the_first_step_to_the_pictures(one_rank: Path, config_path: Path, tmp_path: Path) -> None:
+    """Parameters cut up from the start are gathered on every way through the module: training, held out, drawn."""
+    output = tmp_path / "run"
+    job = pretrain(python(), config_path, output, "train.zero_stage=3")
+    assert job.returncode == 0, job.stderr
+    assert_close(output, one_rank)
+    assert list((output / "pictures").glob("reconstruction_*.png"))
+
+
 def test_another_number_of_ranks_and_another_stage_go_on(one_rank: Path, config_path: Path, tmp_path: Path) -> None:
     """1 rank at stage 1, then 2 at stage 3, then 1 without DeepSpeed: each stopped by a signal, each taking over."""
     output = tmp_path / "run"
