@@ -2,7 +2,7 @@
 # docker run --gpus all --ipc=host -v /data:/data mim-scale deepspeed launch/pretrain.py --config configs/base.yaml ...
 FROM python:3.11-slim-bookworm
 
-ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 MLFLOW_DISABLE_TELEMETRY=true
 WORKDIR /opt/mim-scale
 
 # Requirements first: a change of our code then reuses this layer.

@@ -34,6 +34,8 @@ def demo() -> int:
     config = load_config(PretrainConfig, CONFIG, overrides)
     cache = default_cache().absolute()
     os.chdir(ROOT)
+    # The launcher imports mlflow before any code of ours could say so.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     os.environ["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"
     output = Path(config.output)
     encoder = output / "encoder"
@@ -84,7 +86,7 @@ def report(console: Console, config: PretrainConfig, encoder: Path, seconds: lis
     table.add_row("journal, one line a step", str(output / "journal.jsonl"), f"{config.train.steps} steps")
     table.add_row("checkpoints", str(output / "checkpoints"), f"newest {config.checkpoint.keep} kept")
     table.add_row("pictures", str(output / "pictures"), "reconstructions and loss curve")
-    table.add_row("MLflow", f"mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db", "")
+    table.add_row("MLflow", f"{_bin()}/mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db", "")
     table.add_row("encoder", str(encoder), "model.safetensors + config.json")
     console.print(table)
     for title, spent in seconds:
@@ -100,12 +102,14 @@ def report(console: Console, config: PretrainConfig, encoder: Path, seconds: lis
     console.rule("[bold]Your own data", align="left")
     for command in (
         "mim-scale data build /path/to/your/ct stores/mine",
-        "deepspeed launch/pretrain.py --config configs/base.yaml data.store=stores/mine output=runs/mine",
+        "deepspeed --num_gpus 1 launch/pretrain.py --config configs/base.yaml data.store=stores/mine output=runs/mine",
         "mim-scale export runs/mine encoders/mine",
     ):
-        console.print(
-            f"  {BIN.relative_to(ROOT) if BIN.is_relative_to(ROOT) else BIN}/{command}", soft_wrap=True, highlight=False
-        )
+        console.print(f"  {_bin()}/{command}", soft_wrap=True, highlight=False)
+
+
+def _bin() -> Path:
+    return BIN.relative_to(ROOT) if BIN.is_relative_to(ROOT) else BIN
 
 
 if __name__ == "__main__":

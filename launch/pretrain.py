@@ -6,8 +6,9 @@
     srun --ntasks-per-node 8 --gpus-per-task 1 python launch/pretrain.py --config configs/base.yaml
     deepspeed --hostfile hosts launch/pretrain.py --config configs/base.yaml             many machines
 
-Ends with 0 (done), 2 (a mistake in settings or paths), 3 (data damaged), 75 (asked to stop: saved, start again) or 1
-(diverged, or a bug). On a CPU a rank computes on one thread unless OMP_NUM_THREADS is set: add ranks, not threads.
+Ends with 0 (done), 2 (a mistake in settings or paths), 3 (data damaged), 75 (asked to stop, or a rank was lost: start
+again) or 1 (diverged, or a bug). Launchers may turn a code of their ranks into one of their own. On a CPU a rank
+computes on one thread unless OMP_NUM_THREADS is set: add ranks, not threads.
 """
 
 import argparse

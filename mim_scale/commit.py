@@ -17,6 +17,8 @@ from typing import Any
 TEMPORARY = ".tmp-"
 """Names that start so are leftovers of a killed writer: readers ignore them, writers may delete them."""
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 _HERE = -100
 """AT_FDCWD: relative paths start at the working directory."""
 _RENAME_EXCHANGE = 2
@@ -69,6 +71,8 @@ def publish_folder(temporary: Path, final: Path) -> None:
     """
     for root, _, names in os.walk(temporary):
         for name in names:
+            # Some libraries write for the owner alone; what is handed over is as readable as other new files.
+            (Path(root) / name).chmod(0o666 & ~_UMASK)
             sync_file(Path(root) / name)
         sync_folder(Path(root))
     replaced = temporary.with_name(temporary.name + "-replaced")

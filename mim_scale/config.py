@@ -309,7 +309,8 @@ class PretrainConfig(Section):
             )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(
-                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps {self.train.steps}"
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps "
+                f"{self.train.steps}: lower it"
             )
         return self
 

@@ -8,6 +8,7 @@
     +-- CheckpointError      2   no checkpoint can be used, or it belongs to another run
     |   +-- OtherVersionError 2  a whole one, of another version of the format
     +-- ClusterError         2   Ray or the ranks cannot be reached or started
+    |   +-- LostRankError   75   another rank went away: start again
     +-- HostError            2   the file system refused
     +-- DivergedError        1   the loss is not finite
     +-- BugError             1   our bug on one rank, told to the others
@@ -73,6 +74,12 @@ class BugError(MimScaleError):
     """What one rank met is our bug; the other ranks end with it."""
 
     exit_code = 1
+
+
+class LostRankError(ClusterError):
+    """Another rank went away: what was saved stands, and the same command goes on from it."""
+
+    exit_code = EXIT_REQUEUE
 
 
 class HostError(MimScaleError):

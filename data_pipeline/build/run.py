@@ -24,7 +24,7 @@ from data_pipeline.build.plan import PIPELINE_VERSION, make_tasks, settings, tre
 from data_pipeline.build.task import Task, TaskResult, build_volume
 from data_pipeline.reasons import PASSING, Reason
 from data_pipeline.sources.find import find_files, find_sources
-from data_pipeline.subjects import listed_subject, read_subjects
+from data_pipeline.subjects import TABLE, listed_subject, pseudonym, read_subjects
 from mim_scale.config import BuildConfig
 from mim_scale.errors import DamagedError, SourceError, StoreError
 from mim_scale.store.array_store import folder_bytes
@@ -111,7 +111,7 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
             # What could not be read this time may be back the next: until then its volume stays where it is.
             remove_volumes_but(store, {row.key for row in rows})
             write_finished(store, {"tree": digest, "fingerprint": fingerprint, "ignored": tree.num_ignored})
-        notes = _notes(last, is_damaged, rows, may_pass)
+        notes = (*_notes(last, is_damaged, rows, may_pass), *_unknown_subjects(rows))
         return Outcome(len(tasks), rows, quarantine, tree.num_ignored, fingerprint, False, notes)
 
 
@@ -185,6 +185,14 @@ def _notes(last: Dataset | None, is_damaged: bool, rows: tuple[Row, ...], may_pa
     elif num_dropped:
         notes.append(f"{num_dropped} volumes of the last build are no longer in the source: removed")
     return tuple(notes)
+
+
+def _unknown_subjects(rows: tuple[Row, ...]) -> tuple[str, ...]:
+    """A warning: two files of one patient that nothing ties together can end on two sides of a split."""
+    unknown = sum(row.subject == pseudonym("volume", row.content_hash) for row in rows)
+    if not unknown:
+        return ()
+    return (f"{unknown} volumes name no patient: each counts as its own subject; {TABLE} in the source says more",)
 
 
 def _finished_outcome(store: Path, dataset: Dataset | None, digest: str) -> Outcome | None:

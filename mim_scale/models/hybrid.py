@@ -178,6 +178,8 @@ class HybridEncoder(nn.Module):
         return result
 
     def _check(self, views: Tensor) -> None:
+        if not views.is_floating_point():
+            raise ConfigError(f"views are {views.dtype}: scale HU from the window to [0, 1] first")
         if views.ndim != 5 or tuple(views.shape[1:]) != (1, *self.view):
             raise ConfigError(
                 f"views are {list(views.shape)}, this encoder takes [any, 1, {', '.join(map(str, self.view))}]: "

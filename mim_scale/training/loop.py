@@ -7,7 +7,7 @@ checkpoint, on any number of ranks, and asking the stream for the next positions
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from mim_scale.errors import EXIT_REQUEUE, DivergedError, StoreError
 from mim_scale.methods.build import build_method
 from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import Dataset
+from mim_scale.store.geometry import Spacing3
 from mim_scale.store.manifest import Row, split_subjects
 from mim_scale.streaming.stream import open_stream
 from mim_scale.training.checkpoint import check_fits
@@ -80,7 +81,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
     ranks.together(lambda: _refuse_other_copy(dataset, ranks.broadcast(dataset.fingerprint)))
     rows, held_rows = ranks.together(lambda: split_subjects(dataset.rows, config.seed, config.data.held_out_subjects))
     # 2. The run folder is ours, and what lies in it is this run.
-    with Records(config, dataset.fingerprint, ranks.world, is_kept_here=ranks.rank == 0) as records:
+    spacing_mm = [_extreme(rows, min), _extreme(rows, max)]
+    with Records(config, dataset.fingerprint, spacing_mm, ranks.world, is_kept_here=ranks.rank == 0) as records:
         start = ranks.on_first(records.take_up)
         # 3. Nothing left to do, but perhaps something left to send.
         if start.step >= train.steps:
@@ -185,6 +187,11 @@ def _measure(run: _Run, step: int) -> None:
     run.progress.say(
         f"step {step}: held-out loss {values['loss']:.4f}; levels as shares of the trivial predictor's: {shares}"
     )
+
+
+def _extreme(rows: Sequence[Row], choose: Callable[[Iterable[float]], float]) -> Spacing3:
+    z, y, x = (choose(row.spacing_mm[axis] for row in rows) for axis in range(3))
+    return (z, y, x)
 
 
 def _share(loss: float, trivial: float) -> str:

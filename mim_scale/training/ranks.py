@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-from mim_scale.errors import BugError, ClusterError, MimScaleError, host_error
+from mim_scale.errors import BugError, ClusterError, LostRankError, MimScaleError, host_error
 from mim_scale.training.placement import Placement, exported
 from mim_scale.training.stop import signals_end_the_process
 
@@ -209,8 +209,8 @@ def is_lost_peer(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or ("gloo" in text and any(word in text for word in words))
 
 
-def _lost_peer(rank: int, error: BaseException) -> ClusterError:
-    return ClusterError(
+def _lost_peer(rank: int, error: BaseException) -> LostRankError:
+    return LostRankError(
         f"rank {rank} lost another rank ({_short(error)}); that rank's own message says why; start the same command "
         "again to go on"
     )

@@ -14,6 +14,7 @@ from mim_scale.config import PretrainConfig
 from mim_scale.config_file import config_values, digest_config
 from mim_scale.errors import CheckpointError, StoreError
 from mim_scale.methods.mask_in_mask import LevelPreview
+from mim_scale.store.geometry import Spacing3
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
 from mim_scale.training.journal import Journal, read_journal
 from mim_scale.training.run_folder import (
@@ -49,12 +50,16 @@ class Records:
     Args:
         config: The run's settings.
         fingerprint: Of the dataset that it trains on.
+        spacing_mm: The smallest and the largest spacing (z, y, x) of the volumes that it trains on, for the record.
         world: Number of ranks, for the record.
         is_kept_here: Whether this is rank 0.
     """
 
-    def __init__(self, config: PretrainConfig, fingerprint: str, world: int, is_kept_here: bool) -> None:
+    def __init__(
+        self, config: PretrainConfig, fingerprint: str, spacing_mm: list[Spacing3], world: int, is_kept_here: bool
+    ) -> None:
         self._config, self._fingerprint, self._world = config, fingerprint, world
+        self._spacing_mm = spacing_mm
         self._is_kept_here = is_kept_here
         self._output = Path(config.output)
         self._checkpoints = CheckpointFolder(self._output / CHECKPOINTS, config.checkpoint.keep)
@@ -123,6 +128,7 @@ class Records:
             "config": config_values(self._config),
             "config_digest": digest_config(self._config),
             "fingerprint": self._fingerprint,
+            "spacing_mm": self._spacing_mm,
             "world": self._world,
         }
         try:
@@ -168,5 +174,6 @@ class Records:
         if begun_with != self._fingerprint:
             raise StoreError(
                 f"{self._config.data.store}: its fingerprint is {self._fingerprint[:16]}, the run in {self._output} "
-                f"was begun on {str(begun_with)[:16]}: other volumes mean another order; take it, or another output"
+                f"was begun on {str(begun_with)[:16]}: other volumes mean another order; give it that store, "
+                "or another output"
             )

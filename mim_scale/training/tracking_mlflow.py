@@ -34,6 +34,7 @@ MAX_METRICS = 1000
 """What MLflow accepts in one call."""
 MAX_FILES = 256
 QUIET = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_LOGGING_LEVEL": "ERROR",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",

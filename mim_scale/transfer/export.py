@@ -38,11 +38,14 @@ class ExportReport:
     tensors: int
     parameters: int
     bytes: int
+    replaced: bool
+    """Whether an earlier export stood there."""
 
     def __str__(self) -> str:
         return (
             f"{self.folder}: encoder of {self.checkpoint.name}, step {self.step}: {self.tensors} tensors, "
             f"{self.parameters:,} parameters, {self.bytes / 1e6:.1f} MB"
+            f"{'; an earlier export was replaced' if self.replaced else ''}"
         )
 
 
@@ -54,6 +57,7 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     """
     checkpoint = _find(run_or_checkpoint)
     folder = folder.resolve()
+    replaced = (folder / RECORD).is_file()
     if folder.exists() and not _may_be_replaced(folder):
         raise CheckpointError(f"{folder}: is there already and is no export, or holds more; name another folder")
     config = _config_of(checkpoint)
@@ -74,7 +78,7 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     publish_folder(temporary, folder)
     parameters = sum(tensor.numel() for tensor in weights.values())
     return ExportReport(
-        folder, checkpoint.path, checkpoint.step, len(weights), parameters, (folder / WEIGHTS).stat().st_size
+        folder, checkpoint.path, checkpoint.step, len(weights), parameters, (folder / WEIGHTS).stat().st_size, replaced
     )
 
 
@@ -149,7 +153,8 @@ def _record(config: PretrainConfig, checkpoint: Checkpoint, weights: dict[str, T
         "axes": "view, token and arrays are (z, y, x): z towards Superior, y towards Anterior, x towards Right",
         "window_hu": values["data"]["window_hu"],
         "intensity": "HU clipped to window_hu, then scaled to [0, 1]",
-        "spacing": "that of the stored volumes; level 1 shows all of plan.box resized to view, deeper levels less",
+        "spacing_mm": checkpoint.record.get("spacing_mm"),
+        "spacing": "smallest and largest of the volumes trained on; level 1 shows all of plan.box resized to view",
         "pretraining": {
             "method": config.method,
             "step": checkpoint.step,

@@ -164,6 +164,8 @@ def test_views_of_another_size_are_refused_in_one_line() -> None:
     encoder = HybridEncoder(model_config(4, 6, 12), (16, 16, 16), (8, 8, 8))
     with pytest.raises(ConfigError, match=r"views are \[1, 1, 8, 16, 16\], this encoder takes \[any, 1, 16, 16, 16\]"):
         encoder(torch.rand(1, 1, 8, 16, 16))
+    with pytest.raises(ConfigError, match=r"views are torch\.int16: scale HU from the window to \[0, 1\] first"):
+        encoder(torch.zeros(1, 1, 16, 16, 16, dtype=torch.int16))
 
 
 @given(grid=grids, token=st.tuples(sizes, sizes, sizes))

@@ -34,7 +34,13 @@ def test_scan_build_verify_stats(source: Path, tmp_path: Path, capsys: pytest.Ca
     command = ["data", "build", str(source), str(store), "--executor", "local", "--workers", "1"]
     assert run(command) == 0
     shown = capsys.readouterr().out
-    for words in ("4 = 2 stored + 2 quarantined", "hu_implausible", "not_ct", "fingerprint", "ratio"):
+    for words in (
+        "4 = 2 stored + 2 quarantined",
+        "hu_implausible",
+        "not_ct",
+        "fingerprint",
+        "1 volumes name no patient",
+    ):
         assert words in shown
     assert run(command) == 0
     assert "nothing to do" in capsys.readouterr().out

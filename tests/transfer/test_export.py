@@ -16,6 +16,8 @@ from mim_scale.training.checkpoint import CheckpointFolder
 from mim_scale.transfer.export import export, load_encoder
 from tests.models.small import random_masks, small_config
 
+SPACING_MM = [[1.0, 0.5, 0.5], [2.0, 0.9, 0.9]]
+
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
@@ -25,7 +27,7 @@ def run(tmp_path: Path) -> Path:
 def make_run(folder: Path, steps: tuple[int, ...] = (2, 4)) -> Path:
     for step in steps:
         method = trained(step)
-        facts = {"config": config_values(small_config()), "fingerprint": "ab" * 32}
+        facts = {"config": config_values(small_config()), "fingerprint": "ab" * 32, "spacing_mm": SPACING_MM}
         CheckpointFolder(folder / "checkpoints", keep=3).save(step, method.state_dict(), {}, facts)
     return folder
 
@@ -82,6 +84,7 @@ def test_the_record_tells_what_a_user_needs(exported: Path) -> None:
     record = json.loads((exported / "config.json").read_text())
     assert record["view"] == [16, 16, 16]
     assert record["window_hu"] == [-1000, 1000]
+    assert record["spacing_mm"] == [[1.0, 0.5, 0.5], [2.0, 0.9, 0.9]]
     assert record["pretraining"]["method"] == "mask_in_mask"
     assert record["pretraining"]["step"] == 4
     assert record["pretraining"]["dataset_fingerprint"] == "ab" * 32
@@ -91,7 +94,11 @@ def test_the_record_tells_what_a_user_needs(exported: Path) -> None:
 
 
 def test_one_checkpoint_can_be_named_and_an_export_replaced(run: Path, exported: Path) -> None:
-    assert export(run / "checkpoints" / "step_00000002", exported).step == 2
+    report = export(run / "checkpoints" / "step_00000002", exported)
+    assert report.step == 2
+    assert "an earlier export was replaced" in str(report)
+    modes = {path.stat().st_mode & 0o777 for path in exported.iterdir()}
+    assert len(modes) == 1, "weights are as readable as what stands beside them"
     assert json.loads((exported / "config.json").read_text())["pretraining"]["step"] == 2
 
 
