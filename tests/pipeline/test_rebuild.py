@@ -23,6 +23,12 @@ from tests.pipeline.sources import Series, config, phantom, write_image, write_s
 from tests.pipeline.test_build import Inline
 
 
+def nobody_named(outcome: Outcome) -> str:
+    """What every build of files without a patient says last."""
+    count = len(outcome.rows)
+    return f"{count} volumes name no patient: each counts as its own subject; subjects.csv in the source says more"
+
+
 @pytest.fixture(autouse=True)
 def _inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data_pipeline.build.run.make_executor", lambda config: Inline())
@@ -66,7 +72,10 @@ def test_an_error_of_the_system_is_tried_again_and_its_volume_kept(
     assert [(row.reason, row.detail) for row in outcome.quarantine] == [
         ("io_error", "the file cannot be opened (Input/output error); the next build tries it again")
     ]
-    assert outcome.notes == ("1 volumes of the last build are left out until their sources can be read again",)
+    assert outcome.notes == (
+        "1 volumes of the last build are left out until their sources can be read again",
+        nobody_named(outcome),
+    )
     assert all(volume_folder(store, row.key).is_dir() for row in first.rows)
     again = _build(source, store)
     assert again.fingerprint == first.fingerprint
@@ -129,7 +138,7 @@ def test_a_damaged_record_is_written_anew(source: Path, store: Path, name: str) 
     (store / name).write_bytes(whole[: len(whole) // 2])
     assert [problem.key for problem in verify(store)] == [""]
     outcome = _build(source, store)
-    assert outcome.notes == ("the record of the last build was damaged: it was written anew",)
+    assert outcome.notes == ("the record of the last build was damaged: it was written anew", nobody_named(outcome))
     assert outcome.fingerprint == first.fingerprint
     assert verify(store, deep=True) == []
     assert _build(source, store).was_complete
@@ -157,7 +166,10 @@ def test_a_store_of_an_older_pipeline_is_built_again(
         patch.setattr(plan, "PIPELINE_VERSION", plan.PIPELINE_VERSION - 1)
         first = _build(source, store)
     outcome = _build(source, store)
-    assert outcome.notes == ("the last build was made by an older program: every volume was built again",)
+    assert outcome.notes == (
+        "the last build was made by an older program: every volume was built again",
+        nobody_named(outcome),
+    )
     assert outcome.fingerprint == first.fingerprint
     assert _build(source, store).was_complete
     monkeypatch.setattr(plan, "PIPELINE_VERSION", plan.PIPELINE_VERSION - 1)
@@ -184,7 +196,7 @@ def test_volumes_whose_sources_are_gone_are_named(source: Path, store: Path) -> 
     _build(source, store)
     (source / "1.nii.gz").unlink()
     outcome = _build(source, store)
-    assert outcome.notes == ("1 volumes of the last build are no longer in the source: removed",)
+    assert outcome.notes == ("1 volumes of the last build are no longer in the source: removed", nobody_named(outcome))
     assert len(list((store / "volumes").iterdir())) == 1
 
 
