@@ -11,7 +11,7 @@ Ray sets; head, nodes and submitter need the same RAY_AUTH_MODE and RAY_AUTH_TOK
 import argparse
 from pathlib import Path
 
-from data_pipeline.commands import build
+from data_pipeline.commands.build import build
 from mim_scale.config import BuildConfig
 from mim_scale.config_file import load_config
 from mim_scale.errors import exit_with

@@ -87,7 +87,7 @@ def _add_data_verbs(data: Any) -> None:
 
 def _data(verb: str, *values: Any) -> int:
     # By name: mim_scale must not depend on the pipeline, which training machines may lack.
-    code: int = getattr(importlib.import_module("data_pipeline.commands"), verb)(*values)
+    code: int = getattr(importlib.import_module(f"data_pipeline.commands.{verb}"), verb)(*values)
     return code
 
 

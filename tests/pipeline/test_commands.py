@@ -7,8 +7,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from data_pipeline.scan import scan
 
-from data_pipeline import commands
+from data_pipeline.build import build
+from data_pipeline.commands.stats import stats
+from data_pipeline.commands.verify import verify
 from mim_scale.cli import run
 from mim_scale.config import BuildConfig
 from mim_scale.errors import SourceError, StoreError
@@ -69,10 +72,10 @@ def _damage(store: Path) -> None:
 
 def test_mistakes_raise_the_errors_that_end_with_exit_2(source: Path, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="does not exist"):
-        commands.scan(tmp_path / "gone")
+        scan(tmp_path / "gone")
     with pytest.raises(SourceError, match="does not exist"):
-        commands.build(config(tmp_path / "gone", tmp_path / "store"))
-    for verb in (commands.verify, commands.stats):
+        build(config(tmp_path / "gone", tmp_path / "store"))
+    for verb in (verify, stats):
         with pytest.raises(StoreError):
             verb(tmp_path / "gone")
     assert not (tmp_path / "store").exists()
@@ -93,7 +96,7 @@ def test_spacing_stands_before_or_after_the_folders(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, spacing: tuple[float, ...]
 ) -> None:
     seen: list[BuildConfig] = []
-    monkeypatch.setattr(commands, "build", lambda config: seen.append(config) or 0)
+    monkeypatch.setattr("data_pipeline.commands.build.build", lambda config: seen.append(config) or 0)
     for words in (["--spacing", text, "in", "out"], ["in", "out", "--spacing", text]):
         assert run(["data", "build", *words]) == 0
     assert [found.spacing for found in seen] == [spacing, spacing]

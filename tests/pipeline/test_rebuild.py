@@ -268,7 +268,7 @@ def test_places_for_a_store_that_cannot_be_one(source: Path, store: Path, tmp_pa
 
 
 def test_a_cache_that_is_a_file_is_one_line(tmp_path: Path) -> None:
-    from data_pipeline.commands import example_data
+    from data_pipeline.commands.example_data import example_data
 
     (tmp_path / "file").touch()
     for cache in (tmp_path / "file", tmp_path / "file" / "cache"):
