@@ -1,7 +1,6 @@
 """NRRD and MetaImage files, through SimpleITK, and the data files that their headers may point to."""
 
 import math
-import zlib
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO
@@ -10,10 +9,8 @@ import numpy as np
 import SimpleITK as sitk
 
 from data_pipeline.reasons import Reason, Rejected, reading_failed
+from data_pipeline.sources.inflate import LARGEST_RATIO, inflate
 from data_pipeline.sources.source import LPS_TO_RAS, Scan
-
-_LARGEST_RATIO = 1100
-"""Deflate cannot shrink more than 1032-fold: a header that promises more voxels than that lies."""
 
 _VOXEL_BYTES = {
     sitk.sitkInt8: 1,
@@ -28,8 +25,6 @@ _VOXEL_BYTES = {
     sitk.sitkFloat64: 8,
 }
 _DATA_FILE = frozenset({"elementdatafile", "data file", "datafile"})
-_ZLIB_OR_GZIP = 47
-_GZIP = b"\x1f\x8b"
 _PIECE = 1 << 20
 _MOST_LINES = 10_000
 _LONGEST_LINE = 1 << 16
@@ -52,7 +47,7 @@ def read_itk(path: Path, file_bytes: int) -> Scan:
     except RuntimeError:
         _read_through(path)
         raise Rejected(Reason.UNREADABLE, "the file cannot be decoded: header or data are damaged") from None
-    except (OSError, ValueError, zlib.error) as error:
+    except (OSError, ValueError) as error:
         raise reading_failed(error, "the file cannot be decoded") from None
     affine = np.eye(4)
     direction = np.array(image.GetDirection()).reshape(3, 3)
@@ -87,7 +82,7 @@ def _read(path: Path, file_bytes: int) -> sitk.Image:
         raise Rejected(Reason.NOT_3D, f"{len(shape)} axes of sizes {list(shape)}, expected 3")
     if reader.GetNumberOfComponents() != 1:
         raise Rejected(Reason.NOT_3D, f"{reader.GetNumberOfComponents()} numbers a voxel, expected 1")
-    if np.prod(shape, dtype=float) > file_bytes * _LARGEST_RATIO:
+    if np.prod(shape, dtype=float) > file_bytes * LARGEST_RATIO:
         raise Rejected(Reason.UNREADABLE, "the header promises more voxels than the file can hold")
     payload = _payload(path)
     if any(part.exists() and not part.is_file() for part, _ in payload.parts):
@@ -165,36 +160,30 @@ def _after_lines(path: Path, start: int, count: int) -> int:
 
 def _check_compressed(payload: _Payload, num_voxels: int, voxel_bytes: int | None) -> None:
     """Decode to the end, keep nothing: ITK takes what it got before the damage and leaves the rest as it was."""
-    found = sum(_num_decoded(path, start, payload.is_nrrd) - payload.num_skipped for path, start in payload.parts)
-    if voxel_bytes is not None and found != num_voxels * voxel_bytes:
-        detail = f"the data decode to {found} bytes, the header promises {num_voxels * voxel_bytes}"
-        raise Rejected(Reason.UNREADABLE, detail)
+    promised = num_voxels * (voxel_bytes or 8)
+    most = promised + payload.num_skipped
+    found = sum(_num_decoded(path, start, payload.is_nrrd, most) - payload.num_skipped for path, start in payload.parts)
+    if voxel_bytes is not None and found != promised:
+        shown = f"more than {found}" if found > promised else found
+        raise Rejected(Reason.UNREADABLE, f"the data decode to {shown} bytes, the header promises {promised}")
 
 
-def _num_decoded(path: Path, start: int, many: bool) -> int:
-    """Length of a zlib or gzip stream once decoded; zlib.error or Rejected where it is damaged or cut off.
+def _num_decoded(path: Path, start: int, many: bool, most: int) -> int:
+    """Length of a zlib or gzip stream once decoded; stops once it is longer than `most`.
 
-    many: whether another gzip stream that follows at once belongs to it, as NRRD readers have it.
+    Raises:
+        Rejected: the stream is damaged or cut off.
     """
     if not path.is_file():
         raise Rejected(Reason.UNREADABLE, "a data file that the header names is not there")
-    decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
     count = 0
     with open(path, "rb") as file:
         file.seek(start)
-        data = file.read(_PIECE)
-        while True:
-            decoded = decoder.decompress(data, _PIECE)
-            count += len(decoded)
-            if decoder.eof:
-                data = decoder.unused_data + file.read(_PIECE)
-                if not (many and data.startswith(_GZIP)):
-                    return count
-                decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
-                continue
-            data = decoder.unconsumed_tail or file.read(_PIECE)
-            if not data and not decoded:
-                raise Rejected(Reason.UNREADABLE, "the compressed data are cut off")
+        for piece in inflate(file, many):
+            count += len(piece)
+            if count > most:
+                break
+    return count
 
 
 def _read_through(path: Path) -> None:
