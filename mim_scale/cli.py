@@ -10,6 +10,7 @@ from mim_scale import __version__
 from mim_scale.config import BuildConfig
 from mim_scale.config_file import check_config
 from mim_scale.errors import ConfigError, exit_with
+from mim_scale.streaming.pack_commands import add_pack, verify_pack
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,15 +75,17 @@ def _add_data_verbs(data: Any) -> None:
     build.add_argument("--workers", type=int, help="tasks at once (default: every core)")
     build.set_defaults(verb=_build)
 
-    verify = data.add_parser("verify", help="check a store: records, sizes, checksums")
+    verify = data.add_parser("verify", help="check a store or a pack: records, sizes, checksums")
     verify.add_argument("store", type=Path)
     verify.add_argument("--deep", action="store_true", help="decode every chunk and compare content hashes")
-    verify.set_defaults(verb=lambda o: _data("verify", o.store, o.deep))
+    verify.set_defaults(verb=_verify)
 
     stats = data.add_parser("stats", help="counts, sizes, spacings and HU of a store")
     stats.add_argument("store", type=Path)
     stats.add_argument("--json", action="store_true", help="for scripts")
     stats.set_defaults(verb=lambda o: _data("stats", o.store, o.json))
+
+    add_pack(data)
 
 
 def _data(verb: str, *values: Any) -> int:
@@ -116,6 +119,14 @@ def _build(options: argparse.Namespace) -> int:
         "workers": options.workers,
     }
     return _data("build", check_config(BuildConfig, values, "data build"))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    from mim_scale.streaming.pack_verify import is_pack
+
+    if is_pack(options.store):
+        return verify_pack(options.store, options.deep)
+    return _data("verify", options.store, options.deep)
 
 
 def _export(options: argparse.Namespace) -> int:

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 TEMPORARY = ".tmp-"
 """Names that start so are leftovers of a killed writer: readers ignore them, writers may delete them."""
@@ -50,11 +51,18 @@ def sync_file(path: Path) -> None:
 
 def write_file(path: Path, data: bytes) -> None:
     """Replace a file by data, whole or not at all."""
+    with new_file(path) as file:
+        file.write(data)
+
+
+@contextlib.contextmanager
+def new_file(path: Path) -> Iterator[BinaryIO]:
+    """A file to write to; it replaces the one at `path` when the `with` ends well, else nothing happened."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = temporary_beside(path)
     try:
         with open(temporary, "wb") as file:
-            file.write(data)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)

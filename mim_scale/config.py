@@ -60,6 +60,8 @@ class DataConfig(Section):
     workers: Positive = 2
     read_ahead: Positive = 4
     """Micro-batches that may be ready or under way before they are asked for."""
+    pack: str | None = None
+    """A pack of this run's samples (`mim-scale data pack`) to read them from; the store is then not needed."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -1,6 +1,7 @@
 """A position in, a sample out: order, then plan, then one read of the finest level, then air around small volumes."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,13 +9,25 @@ from numpy.typing import NDArray
 from mim_scale.config import PlanConfig
 from mim_scale.errors import ConfigError
 from mim_scale.sampling.order import volume_at
-from mim_scale.sampling.plan import plan
+from mim_scale.sampling.plan import Plan, plan
 from mim_scale.store.array_store import VolumeReader
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.geometry import Box, Size3, size3
 from mim_scale.store.manifest import Row
 from mim_scale.store.volume import AIR_HU
 from mim_scale.streaming.batch import Batch, Sample, collate
+
+
+class Reader(Protocol):
+    """Batches by position: what a stream hands out in order. Pickles; any copy gives the same bits."""
+
+    def batch(self, positions: Sequence[int]) -> Batch:
+        """The samples at these positions, stacked in their order.
+
+        Raises:
+            DamagedError: bytes under a sample are missing or fail their checksum.
+        """
+        ...
 
 
 class SampleReader:
@@ -49,9 +62,13 @@ class SampleReader:
         Raises:
             DamagedError: a chunk under its box is missing or fails its checksum.
         """
-        row = self._rows[volume_at(position, len(self._rows), self._seed, self._held_out)]
-        planned = plan(self._seed, position, row.shape, self._plan_config, self._held_out)
+        row, planned = self.planned(position)
         return Sample(position, row.key, read_padded(self._dataset.reader(row), row.shape, planned.box), planned)
+
+    def planned(self, position: int) -> tuple[Row, Plan]:
+        """The volume at a position and what is cut from it; no voxel is read."""
+        row = self._rows[volume_at(position, len(self._rows), self._seed, self._held_out)]
+        return row, plan(self._seed, position, row.shape, self._plan_config, self._held_out)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions, stacked in their order."""

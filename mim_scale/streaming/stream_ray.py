@@ -15,7 +15,7 @@ from typing import Any, Self
 from mim_scale.errors import ClusterError, MimScaleError
 from mim_scale.ray_cluster import ray, ray_cluster
 from mim_scale.streaming.batch import Batch
-from mim_scale.streaming.reader import SampleReader
+from mim_scale.streaming.reader import Reader
 
 START_LIMIT_S = 120.0
 """How long the pool may take until its first actor and its last one answer."""
@@ -28,7 +28,7 @@ class _Feeder:
 
     def __init__(self, packed: bytes) -> None:
         self._packed = packed
-        self._reader: SampleReader | None = None
+        self._reader: Reader | None = None
 
     def process(self) -> int:
         """The actor's process id, once it can read."""
@@ -38,7 +38,7 @@ class _Feeder:
     def batch(self, positions: Sequence[int]) -> Batch:
         return self._open().batch(positions)
 
-    def _open(self) -> SampleReader:
+    def _open(self) -> Reader:
         if self._reader is None:
             self._reader = pickle.loads(self._packed)
         return self._reader
@@ -53,7 +53,7 @@ class RayStream:
         ClusterError: no cluster, or one that has no room for the actors.
     """
 
-    def __init__(self, reader: SampleReader, workers: int, read_ahead: int) -> None:
+    def __init__(self, reader: Reader, workers: int, read_ahead: int) -> None:
         self._read_ahead = read_ahead
         self._asked = 0
         self._closing = ExitStack()
@@ -97,7 +97,7 @@ class RayStream:
     ) -> None:
         self.close()
 
-    def _start(self, reader: SampleReader, workers: int) -> None:
+    def _start(self, reader: Reader, workers: int) -> None:
         feeder = ray.remote(_Feeder).options(
             num_cpus=1, max_restarts=-1, max_task_retries=RETRIES, scheduling_strategy="SPREAD"
         )

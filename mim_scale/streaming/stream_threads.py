@@ -1,37 +1,30 @@
 """A stream from threads of this process: the plain twin and the default on one node."""
 
+import itertools
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 from mim_scale.streaming.batch import Batch
-from mim_scale.streaming.reader import SampleReader
+from mim_scale.streaming.reader import Reader
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 class ThreadStream:
     """Batches in order, read by `workers` threads, at most `read_ahead` of them begun before they are asked for."""
 
-    def __init__(self, reader: SampleReader, workers: int, read_ahead: int) -> None:
+    def __init__(self, reader: Reader, workers: int, read_ahead: int) -> None:
         self._reader = reader
         self._read_ahead = read_ahead
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="mim-stream")
 
     def batches(self, schedule: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """As Stream.batches."""
-        items = iter(schedule)
-        ahead: deque[Future[Batch]] = deque()
-        try:
-            while True:
-                for positions in _take(items, self._read_ahead + 1 - len(ahead)):
-                    ahead.append(self._pool.submit(self._reader.batch, positions))
-                if not ahead:
-                    return
-                yield ahead.popleft().result()
-        finally:
-            for future in ahead:
-                future.cancel()
+        return in_order(self._pool, self._reader.batch, schedule, self._read_ahead)
 
     def close(self) -> None:
         """End the threads; a read under way is awaited, one not begun is dropped."""
@@ -46,9 +39,19 @@ class ThreadStream:
         self.close()
 
 
-def _take(items: Iterator[Sequence[int]], count: int) -> Iterator[Sequence[int]]:
-    for _ in range(count):
-        try:
-            yield next(items)
-        except StopIteration:
-            return
+def in_order(
+    pool: Executor, compute: Callable[[Item], Result], items: Iterable[Item], ahead: int
+) -> Generator[Result, None, None]:
+    """compute(item) for each item, in order, at most `ahead` of them begun before they are asked for."""
+    waiting = iter(items)
+    begun: deque[Future[Result]] = deque()
+    try:
+        while True:
+            for item in itertools.islice(waiting, ahead + 1 - len(begun)):
+                begun.append(pool.submit(compute, item))
+            if not begun:
+                return
+            yield begun.popleft().result()
+    finally:
+        for future in begun:
+            future.cancel()

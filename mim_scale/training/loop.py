@@ -20,7 +20,7 @@ from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.geometry import Spacing3
 from mim_scale.store.manifest import Row, split_subjects
-from mim_scale.streaming.stream import open_stream
+from mim_scale.streaming.stream import open_dataset, open_stream
 from mim_scale.training.checkpoint import check_fits
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.held_out import HeldOut
@@ -77,7 +77,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
     # 1. The batch fits the ranks, the store is whole and the same everywhere, the split leaves something to train on.
     train = config.train
     ranks.together(lambda: micro_batches(0, train.batch, train.micro_batch, ranks.rank, ranks.world))
-    dataset = ranks.together(lambda: Dataset.open(config.data.store))
+    dataset = ranks.together(lambda: open_dataset(config.data))
     ranks.together(lambda: _refuse_other_copy(dataset, ranks.broadcast(dataset.fingerprint)))
     rows, held_rows = ranks.together(lambda: split_subjects(dataset.rows, config.seed, config.data.held_out_subjects))
     # 2. The run folder is ours, and what lies in it is this run.

@@ -24,6 +24,7 @@ MAY_CHANGE = (
     "data.transport",
     "data.workers",
     "data.read_ahead",
+    "data.pack",
     "train.micro_batch",
     "train.engine",
     "train.zero_stage",

@@ -8,10 +8,13 @@ import pytest
 HEAVY = ["torch", "ray", "deepspeed", "mlflow", "monai", "zarr"]
 MODULES = [
     "mim_scale",
+    "mim_scale.cli",
     "mim_scale.sampling",
     "mim_scale.sampling.plan",
     "mim_scale.store.dataset",
     "mim_scale.store.verify",
+    "mim_scale.streaming.pack_verify",
+    "mim_scale.streaming.pack_write",
     "mim_scale.streaming.stream",
     "mim_scale.streaming.stream_threads",
 ]
