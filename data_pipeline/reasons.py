@@ -22,6 +22,7 @@ class Reason(StrEnum):
     NO_GEOMETRY = "no_geometry"
     MIXED_SIZES = "mixed_sizes"
     MIXED_ORIENTATION = "mixed_orientation"
+    MIXED_SERIES = "mixed_series"
     REPEATED_POSITIONS = "repeated_positions"
     MISSING_SLICES = "missing_slices"
     UNEVEN_SPACING = "uneven_spacing"

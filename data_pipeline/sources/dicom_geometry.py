@@ -37,62 +37,56 @@ class Slice:
     """Rows, columns."""
 
 
-def positions_along_normal(slices: list[Slice]) -> NDArray[np.float64]:
-    """Distance of each slice from the origin, along the stack's normal, in mm."""
-    normal = _normal(slices[0])
-    return np.array([slice_.position for slice_ in slices]) @ normal
-
-
 def stack_slices(slices: list[Slice]) -> tuple[list[int], NDArray[np.float64]]:
     """Order the slices of one regular volume.
 
     Returns:
         The order, foot of the normal first, and the affine: (column, row, place in the order, 1) -> LPS millimetres.
+        Neither depends on the order in which the slices are given.
 
     Raises:
         Rejected: the slices are no regular grid; the detail lists everything that was found.
     """
-    _check_alike(slices)
+    axes, (row_mm, column_mm) = _common(slices)
     if len(slices) < 2:
         raise Rejected(Reason.TOO_FEW_SLICES, "a single slice")
-    along = positions_along_normal(slices)
+    along = np.array([slice_.position for slice_ in slices]) @ axes[:, 2]
     order = [int(index) for index in np.argsort(along, kind="stable")]
     sorted_along = along[order]
     corners = np.array([slices[index].position for index in order])
-    findings = _findings(sorted_along, corners, slices[0])
+    findings = _findings(sorted_along, corners, axes[:, 2], min(row_mm, column_mm))
     if findings:
         raise Rejected(findings[0][0], "; ".join(detail for _, detail in findings))
-    first = slices[0]
     affine = np.eye(4)
-    affine[:3, 0] = np.array(first.orientation[:3]) * first.spacing[1]
-    affine[:3, 1] = np.array(first.orientation[3:]) * first.spacing[0]
-    affine[:3, 2] = _normal(first) * (sorted_along[-1] - sorted_along[0]) / (len(slices) - 1)
+    affine[:3, :3] = axes * (column_mm, row_mm, (sorted_along[-1] - sorted_along[0]) / (len(slices) - 1))
     affine[:3, 3] = corners[0]
     return order, affine
 
 
-def _normal(slice_: Slice) -> NDArray[np.float64]:
-    return np.cross(slice_.orientation[:3], slice_.orientation[3:])
-
-
-def _check_alike(slices: list[Slice]) -> None:
-    row, column = np.array(slices[0].orientation[:3]), np.array(slices[0].orientation[3:])
+def _common(slices: list[Slice]) -> tuple[NDArray[np.float64], tuple[float, float]]:
+    """Axes and spacing that all slices share: unit vectors along a row, a column and the normal, as columns."""
+    orientations = np.array([slice_.orientation for slice_ in slices])
+    spacings = np.array([slice_.spacing for slice_ in slices])
+    # Medians: whatever the order of the slices, the same to the last bit.
+    orientation, spacing = np.median(orientations, axis=0), np.median(spacings, axis=0)
+    row, column = orientation[:3], orientation[3:]
+    if np.abs(orientations - orientation).max() > _SAME_DIRECTION:
+        raise Rejected(Reason.MIXED_ORIENTATION, "slices of different orientation in one series")
     lengths = (float(np.linalg.norm(row)), float(np.linalg.norm(column)))
     if abs(row @ column) > 1e-2 or any(abs(length - 1) > 1e-2 for length in lengths):
         raise Rejected(Reason.NO_GEOMETRY, "the image orientation is no pair of perpendicular unit vectors")
-    if min(min(slice_.spacing) for slice_ in slices) <= 0:
+    if spacings.min() <= 0:
         raise Rejected(Reason.NO_GEOMETRY, "the pixel spacing is not positive")
     sizes = {slice_.size for slice_ in slices}
     if len(sizes) > 1:
-        raise Rejected(
-            Reason.MIXED_SIZES, f"slices of {len(sizes)} sizes, such as {' and '.join(map(str, sorted(sizes)[:2]))}"
-        )
-    spacings = np.array([slice_.spacing for slice_ in slices])
-    if not np.allclose(spacings, spacings[0], rtol=1e-3):
+        examples = " and ".join(f"{rows} x {columns}" for rows, columns in sorted(sizes)[:2])
+        raise Rejected(Reason.MIXED_SIZES, f"slices of {len(sizes)} sizes, such as {examples}")
+    if not np.allclose(spacings, spacing, rtol=1e-3):
         raise Rejected(Reason.MIXED_SIZES, "slices of different pixel spacing")
-    orientations = np.array([slice_.orientation for slice_ in slices])
-    if np.abs(orientations - orientations[0]).max() > _SAME_DIRECTION:
-        raise Rejected(Reason.MIXED_ORIENTATION, "slices of different orientation in one series")
+    row = row / lengths[0]
+    column = column - row * (row @ column)
+    column /= np.linalg.norm(column)
+    return np.stack([row, column, np.cross(row, column)], axis=1), (float(spacing[0]), float(spacing[1]))
 
 
 def _tolerance(step: float) -> float:
@@ -100,7 +94,9 @@ def _tolerance(step: float) -> float:
     return max(_UNEVEN_SHARE * step, min(_ROUNDING_MM, _ROUNDING_SHARE * step))
 
 
-def _findings(along: NDArray[np.float64], corners: NDArray[np.float64], first: Slice) -> list[tuple[Reason, str]]:
+def _findings(
+    along: NDArray[np.float64], corners: NDArray[np.float64], normal: NDArray[np.float64], pixel_mm: float
+) -> list[tuple[Reason, str]]:
     """Everything that keeps sorted slices from being a regular grid, gravest first."""
     steps = np.diff(along)
     repeated = int((steps < _SAME_POSITION_MM).sum())
@@ -120,12 +116,11 @@ def _findings(along: NDArray[np.float64], corners: NDArray[np.float64], first: S
         else:
             detail = f"steps between slices from {smallest:.3f} to {float(steps.max()):.3f} mm"
             findings.append((Reason.UNEVEN_SPACING, detail))
-    normal = _normal(first)
     offsets = corners - corners[0]
     drift = offsets - np.outer(offsets @ normal, normal)
     furthest = int(np.argmax(np.linalg.norm(drift, axis=1)))
     slide = float(np.linalg.norm(drift[furthest]))
-    if slide > _DRIFT_PIXELS * min(first.spacing):
+    if slide > _DRIFT_PIXELS * pixel_mm:
         angle = float(np.degrees(np.arctan2(slide, abs(offsets[furthest] @ normal))))
         findings.append((Reason.GANTRY_TILT, f"slices slide sideways by {angle:.1f} degrees"))
     return findings

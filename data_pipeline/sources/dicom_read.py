@@ -1,162 +1,300 @@
-"""The slices of one DICOM series into one scan: geometry first, then pixels, one slice in memory at a time."""
+"""The slices of one DICOM series, or the frames of one file, into one scan: geometry first, pixels slice by slice."""
 
 import hashlib
-import warnings
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pydicom
 from numpy.typing import NDArray
-from pydicom.uid import UID, ExplicitVRBigEndian, ExplicitVRLittleEndian, ImplicitVRLittleEndian
 
+from data_pipeline import deidentify
+from data_pipeline.deidentify import Acquisition, Identity
 from data_pipeline.reasons import Reason, Rejected, reading_failed
-from data_pipeline.sources.dicom_geometry import Slice, positions_along_normal, stack_slices
-from data_pipeline.sources.dicom_series import image_types, read_header
+from data_pipeline.sources.dicom_frames import check_one_stack, frame_headers, is_multi_frame
+from data_pipeline.sources.dicom_geometry import Slice, stack_slices
+from data_pipeline.sources.dicom_header import (
+    geometry_of,
+    has_size,
+    image_types,
+    numbers,
+    problem_of,
+    read_header,
+    tags,
+    text,
+)
+from data_pipeline.sources.dicom_pixels import (
+    OVERLAY_BIT,
+    Rescale,
+    Stored,
+    fault_of,
+    frames_of,
+    rescale_of,
+    stored_of,
+    to_hu,
+)
 from data_pipeline.sources.source import LPS_TO_RAS, Scan
 
-_AIR_HU = -1024
-_LARGEST_PADDING_HU = -200
-"""A padding value above this also occurs in tissue: replacing it would punch holes into the patient."""
-
-_LOSSY_SYNTAXES = frozenset(f"1.2.840.10008.1.2.4.{end}" for end in ("50", "51", "53", "55", "81", "91", "93", "203"))
+_PHASES = {
+    "acquisitions": ("AcquisitionNumber", "FrameAcquisitionNumber"),
+    "temporal positions": ("TemporalPositionIdentifier", "TemporalPositionIndex"),
+    "cardiac phases": ("NominalPercentageOfCardiacPhase", "NominalCardiacTriggerDelayTime", "TriggerTime"),
+    "respiratory phases": ("NominalPercentageOfRespiratoryPhase",),
+    "tube voltages": ("KVP",),
+    "kernels": ("ConvolutionKernel",),
+    "image types": ("ImageType", "FrameType"),
+    "times": ("AcquisitionTime", "FrameAcquisitionDateTime"),
+}
+"""What may tell slices at one position apart, and where it is written."""
+_SLICE = [
+    *tags("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "Rows", "Columns", "SliceThickness"),
+    *tags("BitsAllocated", "BitsStored", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
+    *tags("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LossyImageCompression", "NumberOfFrames"),
+    *tags("ImageType", "InstanceNumber", "SeriesInstanceUID", "SOPClassUID", "Modality"),
+    *tags(*(name for names in _PHASES.values() for name in names)),
+    OVERLAY_BIT,
+]
+_OVERLAP = 1.01
+"""How much thicker than the step between them slices must be to overlap."""
 
 
 @dataclass(frozen=True)
-class _File:
-    path: Path
+class _Plane:
+    """One slice, its pixels not yet read."""
+
+    stored: Stored
+    frame: int
     geometry: Slice
+    rescale: Rescale
+    thickness_mm: float
+    number: str
+    phases: tuple[str, ...]
+
+
+@dataclass
+class _Series:
+    """What the headers of a source say, and what was wrong on the way."""
+
+    header: Any = None
+    """Of the first slice, or frame, that could be read."""
+    planes: list[_Plane] = field(default_factory=list)
+    faults: list[tuple[str, list[_Plane]]] = field(default_factory=list)
+    """One for each file that cannot be decoded: what is wrong, and its slices as far as the header tells them."""
+    repairs: set[str] = field(default_factory=set)
+    num_copies: int = 0
 
 
 def read_series(paths: list[Path]) -> Scan:
-    """Read one series of single-frame files.
+    """Read one series of single-frame files, or one file of many frames.
 
     Raises:
         Rejected: the slices are no regular volume, or one of them cannot be decoded.
     """
-    headers = [(path, _header(path)) for path in paths]
-    repairs: set[str] = set()
-    files = _without_copies([_File(path, _geometry(header)) for path, header in headers], repairs)
-    order, affine = stack_slices([file.geometry for file in files])
-    rows, columns = files[0].geometry.size
-    voxels = np.empty((len(files), rows, columns), np.int32)
-    for place, index in enumerate(order):
-        voxels[place] = _decode(files[index].path, (rows, columns), repairs)
-    first = headers[0][1]
-    if "DERIVED" in image_types(first):
-        repairs.add("derived_image_type")
-    patient = str(first.get("PatientID") or "").strip()
-    issuer = str(first.get("IssuerOfPatientID") or "").strip()
+    series = _Series()
+    for path in paths:
+        _look_at(path, series)
+    _drop_copies(series)
+    order, affine = _stacked(series)
+    voxels = _read_pixels(series, order)
+    step = float(np.linalg.norm(affine[:3, 2]))
+    if max(plane.thickness_mm for plane in series.planes) > _OVERLAP * step:
+        series.repairs.add("overlapping_slices")
+    if "DERIVED" in image_types(series.header):
+        series.repairs.add("derived_image_type")
+    if any(plane.stored.is_lossy for plane in series.planes):
+        series.repairs.add("lossy_source")
     return Scan(
         voxels.transpose(2, 1, 0),
         LPS_TO_RAS @ affine,
-        tuple(sorted(repairs)),
-        f"{issuer}\n{patient}" if patient else None,
+        tuple(sorted(series.repairs)),
+        _identity(series.header),
+        _acquisition(series.header),
     )
 
 
-def _header(path: Path) -> Any:
+def _acquisition(header: Any) -> Acquisition:
+    reader = getattr(deidentify, "acquisition_of_dicom", None)
+    return reader(header) if reader else Acquisition()
+
+
+def _identity(header: Any) -> Identity:
+    patient, issuer = text(header, "PatientID"), text(header, "IssuerOfPatientID")
+    return Identity(
+        f"{issuer}\n{patient}" if patient else "", text(header, "StudyInstanceUID"), text(header, "SeriesInstanceUID")
+    )
+
+
+def _look_at(path: Path, series: _Series) -> None:
+    """Read a file's header and see whether its pixels can be whole."""
     try:
-        return read_header(path)
+        with open(path, "rb") as file:
+            # All of the first header, for who and how; of the others what places and scales them.
+            header, start = read_header(file, _SLICE if series.header is not None else None)
+            if series.header is not None and is_multi_frame(header):
+                file.seek(0)
+                header, start = read_header(file)
+        if start is None or not has_size(header):
+            series.faults.append(("it ends before its pixels", []))
+            return
+        planes = _planes(path, header, start)
+        fault = fault_of(planes[0].stored)
+    except Rejected:
+        raise
     except Exception as error:
-        raise reading_failed(error, "the header of a slice cannot be read") from None
+        failed = reading_failed(error, "the header of a slice cannot be read")
+        if failed.reason == Reason.IO_ERROR:
+            raise failed from None
+        series.faults.append((f"its header cannot be read, {type(error).__name__}", []))
+        return
+    if fault:
+        series.faults.append((fault, planes))
+        return
+    series.planes += planes
+    if series.header is None:
+        series.header = frame_headers(header)[0]
 
 
-def _geometry(header: Any) -> Slice:
-    try:
-        position = tuple(float(number) for number in header.ImagePositionPatient)
-        orientation = tuple(float(number) for number in header.ImageOrientationPatient)
-        spacing = tuple(float(number) for number in header.PixelSpacing)
-        size = (int(header.Rows), int(header.Columns))
-    except (AttributeError, TypeError, ValueError):
-        raise Rejected(Reason.NO_GEOMETRY, "a slice lacks image position, image orientation or pixel spacing") from None
-    if (len(position), len(orientation), len(spacing)) != (3, 6, 2) or not np.isfinite(
-        (*position, *orientation, *spacing)
-    ).all():
-        raise Rejected(
-            Reason.NO_GEOMETRY, "a slice's image position, orientation or spacing has a wrong count of numbers"
+def _planes(path: Path, header: Any, start: int) -> list[_Plane]:
+    stored = stored_of(path, header, start)
+    frames = frame_headers(header)
+    check_one_stack(frames, stored.num_frames)
+    if len(frames) > 1:
+        problem = next(filter(None, map(problem_of, frames)), None)
+        if problem:
+            raise Rejected(*problem)
+    return [
+        _Plane(
+            stored,
+            index,
+            geometry_of(frame),
+            rescale_of(frame, stored.is_signed),
+            (numbers(frame, "SliceThickness", 1) or (0.0,))[0],
+            text(frame, "InstanceNumber"),
+            tuple(next(filter(None, (text(frame, name) for name in names)), "") for names in _PHASES.values()),
         )
-    return Slice(position, orientation, spacing, size)  # type: ignore[arg-type]  # the counts are checked above
+        for index, frame in enumerate(frames)
+    ]
 
 
-def _without_copies(files: list[_File], repairs: set[str]) -> list[_File]:
+def _drop_copies(series: _Series) -> None:
     """Drop files that are byte for byte another file of the series."""
-    along = positions_along_normal([file.geometry for file in files])
-    places, counts = np.unique(np.round(along, 3), return_counts=True)
-    if counts.max() == 1:
-        return files
-    crowded = set(places[counts > 1].tolist())
+    at: dict[Any, list[_Plane]] = defaultdict(list)
+    for plane in series.planes:
+        at[plane.geometry.position].append(plane)
+    if len(at) == len(series.planes):
+        return
     seen: set[str] = set()
     kept = []
-    for file, place in zip(files, np.round(along, 3).tolist(), strict=True):
-        if place in crowded:
-            digest = hashlib.sha256(file.path.read_bytes()).hexdigest()
+    for plane in series.planes:
+        if len(at[plane.geometry.position]) > 1 and plane.stored.num_frames == 1:
+            digest = hashlib.sha256(plane.stored.path.read_bytes()).hexdigest()
             if digest in seen:
-                repairs.add("copies_dropped")
+                series.repairs.add("copies_dropped")
+                series.num_copies += 1
                 continue
             seen.add(digest)
-        kept.append(file)
-    return kept
+        kept.append(plane)
+    series.planes = kept
 
 
-def _decode(path: Path, size: tuple[int, int], repairs: set[str]) -> NDArray[np.int32]:
-    """One slice in HU, rounded to whole units."""
+def _stacked(series: _Series) -> tuple[list[int], NDArray[np.float64]]:
+    """Order and affine of the slices; raises Rejected with all that is wrong."""
+    if not series.planes:
+        raise Rejected(Reason.UNREADABLE, "; ".join(_notes(series)))
+    order, affine, wrong = _try_stack(series.planes)
+    if wrong is None and not series.faults:
+        _check_one_series(series, order)
+        return order, affine
+    details = [*_notes(series), *([wrong.detail] if wrong else [])]
+    if wrong and wrong.reason == Reason.REPEATED_POSITIONS:
+        details[-1] += _phases(series.planes)
+    if series.faults:
+        # What is wrong only because files cannot be decoded is not the reason.
+        placed = [plane for _, planes in series.faults for plane in planes]
+        wrong = _try_stack([*series.planes, *placed])[2] if wrong else None
+    raise Rejected(wrong.reason if wrong else Reason.UNREADABLE, "; ".join(details))
+
+
+def _try_stack(planes: Sequence[_Plane]) -> tuple[list[int], NDArray[np.float64], Rejected | None]:
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            file = pydicom.dcmread(path, force=True)
-            file.file_meta.TransferSyntaxUID = syntax = _transfer_syntax(file)
-            pixels = file.pixel_array
-        slope, intercept = float(_or(file.get("RescaleSlope"), 1)), float(_or(file.get("RescaleIntercept"), 0))
-        padding = _padding_range(file)
-    except Exception as error:
-        raise reading_failed(error, "the pixels of a slice cannot be decoded") from None
-    if pixels.shape != size:
-        raise Rejected(Reason.UNREADABLE, f"a slice decodes to {pixels.shape}, its header says {size}")
-    values = pixels.astype(np.float64) * slope + intercept
-    if not np.isfinite(values).all() or np.abs(values).max() > np.iinfo(np.int32).max:
-        raise Rejected(Reason.NON_FINITE, "the rescale slope or intercept gives no usable numbers")
-    if slope != 1:
-        repairs.add("rescaled")
-    if syntax in _LOSSY_SYNTAXES or str(file.get("LossyImageCompression") or "") == "01":
-        repairs.add("lossy_source")
-    hu: NDArray[np.int32] = np.rint(values).astype(np.int32)
-    if padding is not None:
-        _map_padding(hu, (pixels >= padding[0]) & (pixels <= padding[1]), repairs)
-    return hu
+        return *stack_slices([plane.geometry for plane in planes]), None
+    except Rejected as rejected:
+        return [], np.eye(4), rejected
 
 
-def _or(value: Any, default: float) -> Any:
-    return default if value is None else value
+def _notes(series: _Series) -> list[str]:
+    """What to say about a series besides its geometry."""
+    notes = []
+    faults = Counter(fault for fault, _ in series.faults)
+    if faults:
+        count = faults.total()
+        shown = ", ".join(faults)
+        notes.append(f"{count} {_plural('file', count)} cannot be decoded ({shown})")
+    if series.num_copies:
+        notes.append(f"{series.num_copies} byte-identical {_plural('copy', series.num_copies)} dropped")
+    return notes
 
 
-def _transfer_syntax(file: Any) -> UID:
-    """How the pixels are encoded; a data set that lost its file meta can only be uncompressed."""
-    named = file.file_meta.get("TransferSyntaxUID")
-    if named:
-        return UID(named)
-    is_implicit, is_little = file.original_encoding
-    if is_implicit:
-        return ImplicitVRLittleEndian
-    return ExplicitVRLittleEndian if is_little else ExplicitVRBigEndian
+def _plural(noun: str, count: int) -> str:
+    return noun if count == 1 else {"copy": "copies"}.get(noun, f"{noun}s")
 
 
-def _padding_range(file: Any) -> tuple[int, int] | None:
-    """Stored values that mark pixels outside the reconstruction, both ends included."""
-    value = file.get("PixelPaddingValue")
-    if not isinstance(value, int):
-        return None
-    limit = file.get("PixelPaddingRangeLimit")
-    other = limit if isinstance(limit, int) else value
-    return min(value, other), max(value, other)
+def _phases(planes: Iterable[_Plane]) -> str:
+    """What slices at one position differ by, such as ": 2 acquisitions, 10 cardiac phases"."""
+    counts = [len(set(values)) for values in zip(*(plane.phases for plane in planes), strict=True)]
+    shown = [f"{count} {label}" for label, count in zip(_PHASES, counts, strict=True) if count > 1]
+    return f": {', '.join(shown)}" if shown else ""
 
 
-def _map_padding(hu: NDArray[np.int32], padded: NDArray[np.bool_], repairs: set[str]) -> None:
-    if not padded.any():
+def _check_one_series(series: _Series, order: list[int]) -> None:
+    """Without a series UID nothing but their numbers says that slices belong together: make sure that they do.
+
+    Two anonymised series in one folder can interleave to what looks like one volume.
+    """
+    if text(series.header, "SeriesInstanceUID"):
         return
-    if hu[padded].max() > _LARGEST_PADDING_HU:
-        repairs.add("padding_ambiguous")
-    elif (hu[padded] != _AIR_HU).any():
-        hu[padded] = _AIR_HU
-        repairs.add("padding_mapped")
+    found = [series.planes[index].number for index in order]
+    if len(set(found)) < len(found):
+        detail = "no series UID, and instance numbers that are missing or repeat: more than one series, perhaps"
+        raise Rejected(Reason.MIXED_SERIES, detail)
+    try:
+        places = np.argsort([int(number) for number in found], kind="stable")
+    except ValueError:
+        raise Rejected(Reason.MIXED_SERIES, "no series UID, and instance numbers that are no numbers") from None
+    steps = np.diff(places)
+    jumps = int((steps != np.median(steps)).sum())
+    # A few jumps are runs of several series; many are numbers that were dealt out at random, once for all.
+    if 0 < jumps <= len(found) // 4:
+        raise Rejected(Reason.MIXED_SERIES, f"no series UID, and slices of {jumps + 1} runs of instance numbers")
+
+
+def _read_pixels(series: _Series, order: list[int]) -> NDArray[np.signedinteger[Any]]:
+    """All slices in HU, (slice, row, column): int16, or int32 where a value asks for it."""
+    planes = series.planes
+    voxels: NDArray[np.signedinteger[Any]] = np.empty((len(planes), *planes[0].geometry.size), np.int16)
+    place_of = {id(planes[index]): place for place, index in enumerate(order)}
+    files: dict[Path, list[_Plane]] = defaultdict(list)
+    for plane in planes:
+        files[plane.stored.path].append(plane)
+    for members in files.values():
+        try:
+            frames = frames_of(members[0].stored, series.repairs)
+            for plane, pixels in zip(members, frames, strict=True):
+                hu = to_hu(pixels, plane.rescale, series.repairs)
+                if hu.dtype != voxels.dtype and voxels.dtype == np.int16:
+                    voxels = voxels.astype(np.int32)
+                voxels[place_of[id(plane)]] = hu
+        except Rejected:
+            raise
+        except Exception as error:
+            failed = reading_failed(error, "the pixels of a slice cannot be decoded")
+            if failed.reason == Reason.IO_ERROR:
+                raise failed from None
+            series.faults.append((f"its pixels fail, {type(error).__name__}", members))
+    if series.faults:
+        lost = {id(plane) for _, members in series.faults for plane in members}
+        series.planes = [plane for plane in planes if id(plane) not in lost]
+        _stacked(series)
+    return voxels

@@ -2,51 +2,81 @@
 
 import hashlib
 import math
-import warnings
+import zlib
 from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-import pydicom
-import pydicom.config
-
-from data_pipeline.reasons import Reason, reading_failed
+from data_pipeline.reasons import Reason, Rejected, reading_failed
+from data_pipeline.sources.dicom_frames import check_one_stack, frame_headers, is_multi_frame
+from data_pipeline.sources.dicom_header import (
+    has_size,
+    numbers,
+    problem_of,
+    read_header,
+    tags,
+    text,
+    whole,
+)
 from data_pipeline.sources.source import Source
 
-# Archives are full of values that the standard forbids and everybody can read; what matters here is checked by us.
-pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-
-_TAGS = [
-    "ImagePositionPatient",
-    "ImageType",
-    "Modality",
-    "NumberOfFrames",
-    "PatientID",
-    "PixelSpacing",
-    "RescaleType",
-    "Rows",
-    "Columns",
-    "SamplesPerPixel",
-    "SeriesDescription",
-    "SeriesInstanceUID",
-    "SeriesNumber",
-    "SOPClassUID",
-    "StudyInstanceUID",
-]
-_SECONDARY_CAPTURE = "1.2.840.10008.5.1.4.1.1.7"
-_MAPS = frozenset(
-    {"PERFUSION", "RCBF", "RCBV", "CBF", "CBV", "MTT", "TTP", "TMAX", "PBV", "PERMEABILITY", "PARAMETRIC", "FUSION"}
-    | {"MIP", "MINIP", "VRT", "SSD", "PROJECTION"}
+_IDENTITY = ("StudyInstanceUID", "PatientID", "SeriesInstanceUID")
+_DESCRIPTION = (
+    *("SeriesNumber", "SeriesDescription", "SeriesDate", "SeriesTime", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "PatientName", "PatientBirthDate", "PatientSex", "FrameOfReferenceUID", "ProtocolName"),
+    *("Manufacturer", "ManufacturerModelName", "StationName", "DeviceSerialNumber", "KVP", "ConvolutionKernel"),
+    *("ReconstructionDiameter", "PixelSpacing", "ImageOrientationPatient", "Rows", "Columns"),
 )
-"""Words of ImageType that mark computed values or projections."""
-_Place = tuple[tuple[float, float, float], float]
-_HU_TYPES = frozenset({"", "HU", "US", "HU_MOD"})
+"""What all slices of one series have in common, to tell series apart whose UID was removed."""
+_HEADER = tags(
+    *(*_IDENTITY, *_DESCRIPTION, "ImagePositionPatient", "ImageType", "Modality", "NumberOfFrames", "RescaleType"),
+    *("SOPClassUID", "SamplesPerPixel", "PhotometricInterpretation"),
+)
+_FUNCTIONAL_GROUPS = [*_HEADER, *tags("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")]
+
+
+@dataclass(frozen=True, slots=True)
+class DicomFacts:
+    """What one header says, in plain values small enough to be kept for millions of files; they name nobody."""
+
+    group: str = ""
+    """Equal for files of one series: a digest of who, which study and which series."""
+    has_uid: bool = True
+    """Whether the series has a UID: without one its files are looked for in one folder only."""
+    num_frames: int = 1
+    pixels: int = 0
+    """Rows x columns."""
+    position: tuple[float, float, float] | None = None
+    last_position: tuple[float, float, float] | None = None
+    """Of the last frame, where there are many."""
+    pixel_mm2: float = 0.0
+    is_damaged: bool = False
+    """A slice of a series, but its file ends before the pixels."""
+    problem: tuple[str, str] | None = None
+    """Why it can be refused by its header: reason and detail. IO_ERROR may pass: such facts must not be kept."""
+
+    def values(self) -> dict[str, Any]:
+        """As plain JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "DicomFacts":
+        """From what `values` gave, also after a way through JSON."""
+        tuples = ("position", "last_position", "problem")
+        return cls(**values | {name: values[name] and tuple(values[name]) for name in tuples})
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file has the DICOM preamble, or starts like a data set that lost it."""
+    """Whether a file has the DICOM preamble, starts like a data set that lost it, or is such a file inside gzip."""
     with open(path, "rb") as file:
-        first = file.read(132)
+        first = file.read(1024)
+    if first[:2] == b"\x1f\x8b":
+        try:
+            first = zlib.decompressobj(wbits=31).decompress(first, 132)
+        except zlib.error:
+            return False
     if first[128:132] == b"DICM":
         return True
     group = first[:2]
@@ -55,124 +85,84 @@ def is_dicom(path: Path) -> bool:
     return little or first[:3] in {b"\x00\x02\x00", b"\x00\x08\x00"}
 
 
-def read_header(path: Path, tags: list[str] | None = None) -> Any:
-    """A data set without its pixels; any exception means that it cannot be read."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return pydicom.dcmread(path, stop_before_pixels=True, force=True, specific_tags=tags)
+def header_facts(path: Path) -> DicomFacts:
+    """Read one header. Never raises: what cannot be read says so in its problem."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                return DicomFacts(problem=(Reason.UNREADABLE, "a DICOM file inside gzip: unpack it"))
+            file.seek(0)
+            header, start = read_header(file, _HEADER)
+            if is_multi_frame(header):
+                file.seek(0)
+                header, start = read_header(file, _FUNCTIONAL_GROUPS)
+        return _facts(header, start is not None)
+    except Rejected as rejected:
+        return DicomFacts(problem=(rejected.reason, rejected.detail))
+    except Exception as error:
+        failed = reading_failed(error, "the DICOM header cannot be read")
+        return DicomFacts(problem=(failed.reason, failed.detail))
+
+
+def _facts(header: Any, has_pixels: bool) -> DicomFacts:
+    frames = frame_headers(header)
+    first, last = frames[0], frames[-1]
+    num_frames = max(1, whole(header, "NumberOfFrames", 1))
+    problem = problem_of(first) or problem_of(last)
+    try:
+        check_one_stack(frames, num_frames)
+    except Rejected as rejected:
+        problem = problem or (rejected.reason, rejected.detail)
+    identity = [text(header, name) for name in _IDENTITY]
+    has_uid = bool(identity[-1])
+    described = [] if has_uid else [text(header, name) for name in _DESCRIPTION]
+    spacing = numbers(first, "PixelSpacing", 2)
+    return DicomFacts(
+        group=hashlib.sha256("\n".join([*identity, *described]).encode("utf-8", "replace")).hexdigest()[:32],
+        has_uid=has_uid,
+        num_frames=num_frames,
+        pixels=whole(header, "Rows") * whole(header, "Columns"),
+        position=numbers(first, "ImagePositionPatient", 3),  # type: ignore[arg-type]  # as many as asked for
+        last_position=numbers(last, "ImagePositionPatient", 3) if num_frames > 1 else None,  # type: ignore[arg-type]
+        pixel_mm2=spacing[0] * spacing[1] if spacing else 0.0,
+        is_damaged=problem is None and not (has_pixels and has_size(header)),
+        problem=problem,
+    )
+
+
+def sources_of(facts: Mapping[str, DicomFacts]) -> list[Source]:
+    """Put files of one series and one kind together, from the facts of every file.
+
+    Series without a UID are told apart by folder and by what else describes them, never merged across folders. A file
+    of many frames is a source of its own.
+    """
+    series: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    for file, fact in facts.items():
+        is_own = not fact.group or (fact.num_frames > 1 and not fact.problem)
+        folder = "" if fact.has_uid else str(PurePosixPath(file).parent)
+        kind = str(fact.problem[0]) if fact.problem else ""
+        series[(fact.group, folder, kind, file if is_own else "")].append(file)
+    return [_source(tuple(sorted(files)), [facts[file] for file in sorted(files)]) for files in series.values()]
 
 
 def group_series(root: Path, files: list[str]) -> list[Source]:
-    """Read each header once; files of one series and one kind become one source.
-
-    Series without an identity are told apart by folder and by what else describes them, never merged across folders.
-    """
-    series: dict[tuple[str, ...], list[str]] = defaultdict(list)
-    pixels: dict[str, int] = {}
-    places: dict[str, _Place | None] = {}
-    problems: dict[tuple[str, ...], tuple[Reason, str]] = {}
-    sources = []
-    for file in files:
-        try:
-            header = read_header(root / file, _TAGS)
-            problem = _problem(header)
-            identity = (*_identity(header, file), problem[0] if problem else "")
-            pixels[file] = int(header.get("Rows") or 0) * int(header.get("Columns") or 0)
-            places[file] = _place(header)
-        except Exception as error:
-            failed = reading_failed(error, "the DICOM header cannot be read")
-            sources.append(Source(file, "dicom", (file,), problem=(failed.reason, failed.detail)))
-            continue
-        series[identity].append(file)
-        if problem:
-            problems[identity] = problem
-    for identity, members in series.items():
-        voxels = sum(pixels[file] for file in members)
-        size = _voxel_mm3([places[file] for file in members])
-        sources.append(Source(min(members), "dicom", tuple(sorted(members)), voxels, problems.get(identity), size))
-    return sources
+    """Read each header once; files of one series and one kind become one source."""
+    return sources_of({file: header_facts(root / file) for file in files})
 
 
-def _place(header: Any) -> _Place | None:
-    """Position of a slice and the area of its pixels; None where the header has no usable ones."""
-    try:
-        x, y, z = (float(number) for number in header.ImagePositionPatient)
-        rows_mm, columns_mm = (float(number) for number in header.PixelSpacing)
-    except (AttributeError, TypeError, ValueError):
-        return None
-    return (x, y, z), rows_mm * columns_mm
+def _source(files: tuple[str, ...], facts: list[DicomFacts]) -> Source:
+    problem = next(((Reason(fact.problem[0]), fact.problem[1]) for fact in facts if fact.problem), None)
+    if problem is None and all(fact.is_damaged for fact in facts):
+        problem = Reason.NO_PIXELS, "the file ends before its pixels" if len(files) == 1 else "no file holds pixels"
+    voxels = sum(fact.pixels * fact.num_frames for fact in facts)
+    return Source(files[0], "dicom", files, voxels, problem, _voxel_mm3(facts))
 
 
-def _voxel_mm3(places: list[_Place | None]) -> float:
-    """An estimate from the first and the last slice; 0 where it cannot be made."""
-    known = [place for place in places if place is not None]
-    if len(known) < 2:
+def _voxel_mm3(facts: list[DicomFacts]) -> float:
+    """An estimate from the outermost positions; 0 where it cannot be made."""
+    places = [place for fact in facts for place in (fact.position, fact.last_position) if place is not None]
+    count = sum(fact.num_frames for fact in facts if fact.position is not None)
+    if len(places) < 2 or count < 2:
         return 0.0
-    length = math.dist(
-        *(tuple(pick(axis) for axis in zip(*(at for at, _ in known), strict=True)) for pick in (min, max))
-    )
-    return known[0][1] * length / (len(known) - 1)
-
-
-def _identity(header: Any, file: str) -> tuple[str, ...]:
-    texts = [str(header.get(name) or "") for name in ("StudyInstanceUID", "PatientID", "SeriesInstanceUID")]
-    if not texts[-1]:
-        described = [str(header.get(name) or "") for name in ("SeriesNumber", "SeriesDescription", "Rows", "Columns")]
-        texts += [str(PurePosixPath(file).parent), *described]
-    return tuple(texts)
-
-
-def sop_class(header: Any) -> str:
-    """The SOP class, from the file meta where the data set has lost it."""
-    meta = getattr(header, "file_meta", None) or {}
-    return str(header.get("SOPClassUID") or meta.get("MediaStorageSOPClassUID") or "")
-
-
-def image_types(header: Any) -> set[str]:
-    """The words of ImageType, in capitals."""
-    value = header.get("ImageType") or []
-    values = [value] if isinstance(value, str) else list(value)
-    return {word for text in values for word in (str(text).upper(), *str(text).upper().split())}
-
-
-def _problem(header: Any) -> tuple[Reason, str] | None:
-    """Why an image can be refused by its header; None where nothing speaks against it."""
-    types = image_types(header)
-    has_image = bool(header.get("Rows") and header.get("Columns"))
-    refusals = (
-        (not has_image and not _modality(header), Reason.NO_PIXELS, "no image in the file"),
-        (_is_secondary_capture(header), Reason.SECONDARY_CAPTURE, "a secondary capture, not a reconstruction"),
-        (_modality(header) != "CT", Reason.NOT_CT, f"modality {_word(_modality(header))}, expected CT"),
-        (not has_image, Reason.NO_PIXELS, "no image in the file"),
-        (bool(types & {"LOCALIZER", "SCOUT"}), Reason.LOCALIZER, "a localizer by its image type"),
-        (bool(types & _MAPS), Reason.DERIVED_MAP, f"image type {' '.join(sorted(types & _MAPS))}: not HU of tissue"),
-        (_rescale_type(header) not in _HU_TYPES, Reason.DERIVED_MAP, "the rescale type is not HU"),
-        (int(header.get("SamplesPerPixel") or 1) != 1, Reason.SECONDARY_CAPTURE, "a colour image"),
-        (
-            int(header.get("NumberOfFrames") or 1) > 1,
-            Reason.MULTI_FRAME,
-            "many frames in one file, which is not read yet",
-        ),
-    )
-    return next(((reason, detail) for applies, reason, detail in refusals if applies), None)
-
-
-def _modality(header: Any) -> str:
-    return str(header.get("Modality") or "").upper().strip()
-
-
-def _rescale_type(header: Any) -> str:
-    return str(header.get("RescaleType") or "").upper().strip()
-
-
-def _is_secondary_capture(header: Any) -> bool:
-    """Whether the class is Secondary Capture or one of its multi-frame kinds."""
-    return f"{sop_class(header)}.".startswith(_SECONDARY_CAPTURE + ".")
-
-
-def _word(text: str) -> str:
-    """A value from a header, short enough and plain enough to show; a digest where it is not."""
-    plain = text.strip()
-    if len(plain) <= 40 and plain.replace(" ", "").replace("-", "").isalnum():
-        return plain
-    return f"#{hashlib.sha256(text.encode('utf-8', 'replace')).hexdigest()[:8]}" if plain else "unknown"
+    length = math.dist(*([pick(axis) for axis in zip(*places, strict=True)] for pick in (min, max)))
+    return facts[0].pixel_mm2 * length / (count - 1)

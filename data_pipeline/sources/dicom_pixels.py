@@ -1,0 +1,300 @@
+"""Pixels of DICOM files into Hounsfield units, one frame in memory at a time.
+
+Uncompressed 16-bit pixels come straight from the file; everything else goes through pydicom's decoders.
+"""
+
+import io
+import os
+import struct
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import pydicom
+from numpy.typing import NDArray
+from pydicom.pixels import get_decoder
+from pydicom.uid import (
+    UID,
+    ExplicitVRLittleEndian,
+    ImplicitVRLittleEndian,
+    JPEGExtended12Bit,
+    JPEGLSTransferSyntaxes,
+)
+
+from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.sources.dicom_header import DEFLATED, Header, numbers, text, transfer_syntax, value, whole
+
+_AIR_HU = -1024
+_LARGEST_PADDING_HU = -200
+"""A padding value above this also occurs in tissue: replacing it would punch holes into the patient."""
+_INT16 = np.iinfo(np.int16)
+_UNDEFINED = 0xFFFFFFFF
+_LONG_VRS = frozenset({b"OB", b"OW", b"OF", b"OD", b"OL", b"OV", b"UN"})
+_JPEG = "1.2.840.10008.1.2.4."
+_LOSSY = frozenset(_JPEG + end for end in ("50", "51", "53", "55", "81", "91", "93", "112", "203"))
+_RETIRED = frozenset(_JPEG + end for end in ("53", "55"))
+"""Retired processes of JPEG that the decoder of extended JPEG reads as well, though pydicom does not say so."""
+_NATIVE = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian})
+OVERLAY_BIT = 0x60000102
+_ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_SPARE_BYTES = 16
+"""By which pixel data may be longer than their image: writers pad them."""
+
+
+@dataclass(frozen=True)
+class Stored:
+    """The pixels of one file as its header describes them; none of them is read yet."""
+
+    path: Path
+    syntax: UID
+    start: int
+    """Place of the pixel data element in the file, or DEFLATED."""
+    size: tuple[int, int]
+    """Rows, columns."""
+    num_frames: int
+    bits: tuple[int, int]
+    """Allocated, stored."""
+    is_signed: bool
+    has_overlay: bool
+    """Whether unused bits of the pixels hold an overlay."""
+    is_lossy: bool
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """How the stored values of one slice become HU."""
+
+    slope: float
+    intercept: float
+    padding: tuple[int, int] | None
+    """Stored values that mark pixels outside the reconstruction, both ends included."""
+
+
+def stored_of(path: Path, header: Any, start: int) -> Stored:
+    """Where a file's pixels are.
+
+    Raises:
+        Rejected: they are encoded in a way that is not read.
+    """
+    syntax = transfer_syntax(header)
+    try:
+        decoder, plugin = _decoder(syntax)
+    except NotImplementedError:
+        decoder, plugin = None, "none"
+    if decoder is None or (plugin and plugin not in decoder.available_plugins):
+        raise Rejected(Reason.UNREADABLE, "the pixels are encoded in a way that is not read")
+    bits = (whole(header, "BitsAllocated"), whole(header, "BitsStored"))
+    if not 0 < bits[1] <= bits[0]:
+        raise Rejected(Reason.UNREADABLE, f"{bits[1]} bits stored of {bits[0]} allocated")
+    return Stored(
+        path,
+        syntax,
+        start,
+        (whole(header, "Rows"), whole(header, "Columns")),
+        max(1, whole(header, "NumberOfFrames", 1)),
+        bits,
+        whole(header, "PixelRepresentation") == 1,
+        OVERLAY_BIT in header and bool(header[OVERLAY_BIT].value),
+        syntax in _LOSSY or text(header, "LossyImageCompression") == "01",
+    )
+
+
+def _decoder(syntax: UID) -> tuple[Any, str]:
+    """The decoder of a transfer syntax, and the one library for it: lossy images differ from library to library."""
+    decoder = get_decoder(JPEGExtended12Bit if syntax in _RETIRED else syntax)
+    if not syntax.is_encapsulated:
+        return decoder, ""
+    return decoder, "pyjpegls" if syntax in JPEGLSTransferSyntaxes else "pylibjpeg"
+
+
+def rescale_of(header: Header, is_signed: bool) -> Rescale:
+    """Slope, intercept and padding; those that are missing are 1, 0 and none.
+
+    Raises:
+        Rejected: they are no numbers, or a table takes their place.
+    """
+    found = []
+    for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0)):
+        number = numbers(header, name, 1) if value(header, name) is not None else (default,)
+        if number is None:
+            raise Rejected(Reason.NON_FINITE, "the rescale slope or intercept gives no usable numbers")
+        found.append(number[0])
+    if value(header, "RescaleSlope") is None and value(header, "ModalityLUTSequence"):
+        raise Rejected(Reason.UNREADABLE, "stored values become HU by a table, which is not read")
+    return Rescale(found[0], found[1], _padding_range(header, is_signed))
+
+
+def _padding_range(header: Header, is_signed: bool) -> tuple[int, int] | None:
+    padding = value(header, "PixelPaddingValue")
+    if not isinstance(padding, int):
+        return None
+    limit = value(header, "PixelPaddingRangeLimit")
+    ends = (padding, limit if isinstance(limit, int) else padding)
+    # Written as if the pixels had the other sign, the same 16 bits mean another number.
+    low = -0x8000 if is_signed else 0
+    wrapped = [(end - low) % 0x10000 + low for end in ends]
+    return min(wrapped), max(wrapped)
+
+
+def fault_of(stored: Stored) -> str | None:
+    """What is wrong with a file's pixels, seen without decoding them; None where nothing is.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    if stored.start == DEFLATED:
+        return None
+    with open(stored.path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        _, start, length = _element(file, stored)
+        if length == _UNDEFINED:
+            return (
+                "its pixels contradict its transfer syntax" if not stored.syntax.is_encapsulated else _cut(file, size)
+            )
+    expected = stored.num_frames * stored.size[0] * stored.size[1] * stored.bits[0] // 8
+    if start + length > size or (not stored.syntax.is_encapsulated and length < expected):
+        return "it is cut short"
+    if not stored.syntax.is_encapsulated and length > expected + _SPARE_BYTES:
+        return "it holds more pixels than its header says"
+    return None
+
+
+def _cut(file: BinaryIO, size: int) -> str | None:
+    """Follow the fragments of compressed pixels to their end: decoders make up what is missing from the last one."""
+    while True:
+        head = file.read(8)
+        if head[:4] == _DELIMITER or (not head and file.tell() == size):
+            return None
+        if head[:4] != _ITEM or len(head) < 8:
+            return "it is cut short"
+        file.seek(int.from_bytes(head[4:], "little"), os.SEEK_CUR)
+
+
+def _element(file: BinaryIO, stored: Stored) -> tuple[str, int, int]:
+    """VR of the pixel data, place of its value, and its length in bytes; the file is left at the value."""
+    file.seek(stored.start)
+    head = file.read(12)
+    if head[4:6] in _LONG_VRS and head[6:8] == b"\0\0":
+        order = "<" if stored.syntax.is_little_endian else ">"
+        return head[4:6].decode(), file.tell(), struct.unpack(f"{order}L", head[8:])[0]
+    file.seek(stored.start + 8)
+    return "OW", file.tell(), struct.unpack("<L", head[4:8])[0]
+
+
+def frames_of(stored: Stored, repairs: set[str]) -> Iterator[NDArray[np.integer[Any]]]:
+    """Stored values of each frame in the file's order, (rows, columns).
+
+    Raises:
+        Exception: of any kind, where the pixels cannot be decoded.
+    """
+    rows, columns = stored.size
+    with ExitStack() as stack:
+        file: BinaryIO
+        if stored.start == DEFLATED:
+            file = io.BytesIO(pydicom.dcmread(stored.path, force=True).PixelData)
+            vr, length = "OW", _UNDEFINED
+        else:
+            file = stack.enter_context(open(stored.path, "rb"))
+            vr, _, length = _element(file, stored)
+        if (stored.syntax in _NATIVE or stored.start == DEFLATED) and stored.bits[0] == 16:
+            for _ in range(stored.num_frames):
+                pixels = np.frombuffer(file.read(rows * columns * 2), "<i2" if stored.is_signed else "<u2")
+                yield _within_bits(pixels.reshape(rows, columns), stored, repairs)
+            return
+        data = file.read(-1 if length == _UNDEFINED else length)
+    yield from _decoded(data, stored, vr)
+
+
+def _decoded(data: bytes, stored: Stored, vr: str) -> Iterator[NDArray[np.integer[Any]]]:
+    decoder, plugin = _decoder(stored.syntax)
+    options = {
+        "rows": stored.size[0],
+        "columns": stored.size[1],
+        "number_of_frames": stored.num_frames,
+        "samples_per_pixel": 1,
+        "photometric_interpretation": "MONOCHROME2",
+        "bits_allocated": stored.bits[0],
+        "bits_stored": stored.bits[1],
+        "pixel_representation": int(stored.is_signed),
+        "pixel_keyword": "PixelData",
+        "pixel_vr": vr,
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for pixels, _ in decoder.iter_array(data, raw=True, decoding_plugin=plugin, **options):
+            if pixels.shape != stored.size:
+                raise ValueError("decoded to another size")
+            yield pixels
+
+
+def _within_bits(pixels: NDArray[np.integer[Any]], stored: Stored, repairs: set[str]) -> NDArray[np.integer[Any]]:
+    """The same values without what lies in bits that the header calls unused."""
+    unused = 16 - stored.bits[1]
+    if unused == 0:
+        return pixels
+    used = pixels << unused >> unused
+    if np.array_equal(used, pixels):
+        return pixels
+    if not stored.has_overlay:
+        # An overlay that is not declared, or a header that lies about the bits: two readings, and no way to tell.
+        raise Rejected(
+            Reason.HU_IMPLAUSIBLE, f"stored values need more than the {stored.bits[1]} bits that the header gives them"
+        )
+    repairs.add("overlay_removed")
+    return used
+
+
+def to_hu(pixels: NDArray[np.integer[Any]], rescale: Rescale, repairs: set[str]) -> NDArray[np.signedinteger[Any]]:
+    """Stored values into whole HU, padding into air: int16 where all fit, else int32.
+
+    Raises:
+        Rejected: the rescale gives no usable numbers.
+    """
+    low, high = int(pixels.min()), int(pixels.max())
+    padded = None
+    if rescale.padding is not None and rescale.padding[0] <= high and rescale.padding[1] >= low:
+        padded, low, high = _padded(pixels, rescale, (low, high), repairs)
+    if rescale.slope != 1:
+        repairs.add("rescaled")
+    ends = [low * rescale.slope + rescale.intercept, high * rescale.slope + rescale.intercept]
+    if not max(map(abs, ends)) <= np.iinfo(np.int32).max:
+        raise Rejected(Reason.NON_FINITE, "the rescale slope or intercept gives no usable numbers")
+    fits = _INT16.min <= round(min(ends)) and round(max(ends)) <= _INT16.max
+    hu: NDArray[np.signedinteger[Any]]
+    if rescale.slope == 1 and rescale.intercept.is_integer() and fits:
+        # Additions of 16 bits that overflow on the way end at the right number, since that one fits.
+        offset = (int(rescale.intercept) + 0x8000) % 0x10000 - 0x8000
+        hu = pixels.astype(np.int16) + np.int16(offset)
+    else:
+        values = np.rint(pixels * np.float64(rescale.slope) + rescale.intercept)
+        if padded is not None:
+            values[padded] = _AIR_HU
+        hu = values.astype(np.int16 if fits else np.int32)
+    if padded is not None:
+        hu[padded] = _AIR_HU
+    return hu
+
+
+def _padded(
+    pixels: NDArray[np.integer[Any]], rescale: Rescale, ends: tuple[int, int], repairs: set[str]
+) -> tuple[NDArray[np.bool_] | None, int, int]:
+    """Which pixels become air, and the lowest and highest value of the others."""
+    low, high = rescale.padding or ends
+    padded = pixels == low if low == high else (pixels >= low) & (pixels <= high)
+    values = pixels[padded]
+    if not values.size:
+        return None, *ends
+    hu = sorted((int(values.min()) * rescale.slope, int(values.max()) * rescale.slope))
+    if hu[1] + rescale.intercept > _LARGEST_PADDING_HU:
+        repairs.add("padding_ambiguous")
+        return None, *ends
+    if [round(number + rescale.intercept) for number in hu] == [_AIR_HU, _AIR_HU]:
+        return None, *ends
+    repairs.add("padding_mapped")
+    kept = pixels[~padded]
+    air = round((_AIR_HU - rescale.intercept) / rescale.slope) if rescale.slope else low
+    return padded, int(kept.min(initial=air)), int(kept.max(initial=air))
