@@ -84,7 +84,10 @@ def _header(data: Unpacked) -> tuple[Any, tuple[int, ...]]:
     if len(block) < size:
         raise Rejected(Reason.UNREADABLE, "the file ends within its header")
     try:
-        header = (nib.Nifti1Header if is_first else nib.Nifti2Header)(block)
+        kind = nib.Nifti1Header if is_first else nib.Nifti2Header
+        header = kind(block)
+        # nibabel mends what it finds odd, such as voxels of 0 mm, which it takes for 1 mm.
+        pixdim = np.array(kind(block, check=False)["pixdim"][1:4], float)
         shape = tuple(int(length) for length in header.get_data_shape())
     except Exception as error:
         raise reading_failed(error, "the header cannot be read") from None
@@ -94,6 +97,8 @@ def _header(data: Unpacked) -> tuple[Any, tuple[int, ...]]:
         shape = shape[:-1]
     if any(length < 1 for length in shape):
         raise Rejected(Reason.UNREADABLE, f"the header gives axes of sizes {list(shape)}")
+    if int(header["sform_code"]) <= 0 and (pixdim <= 0).any():
+        raise Rejected(Reason.SPACING_IMPLAUSIBLE, f"the header gives voxels of {float(pixdim.min()):g} mm")
     return header, shape
 
 
@@ -118,6 +123,8 @@ def _scaled(voxels: NDArray[Any], header: Any, repairs: set[str]) -> NDArray[Any
     """Slope and intercept applied; in whole numbers where that is exact, else in float64."""
     try:
         slope, intercept = header.get_slope_inter()
+        if np.isinf(header["scl_slope"]):
+            raise ValueError("nibabel takes an infinite slope for none")
     except Exception as error:
         raise reading_failed(error, "slope or intercept cannot be used") from None
     if slope is None or (slope, intercept) == (1.0, 0.0):

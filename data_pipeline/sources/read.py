@@ -27,7 +27,7 @@ def read_source(root: Path, source: Source) -> Scan:
         case "nrrd" | "mha":
             from data_pipeline.sources.itk import read_itk
 
-            return read_itk(paths[0], sum(path.stat().st_size for path in paths))
+            return read_itk(paths[0])
         case "dicom":
             from data_pipeline.sources.dicom_read import read_series
 

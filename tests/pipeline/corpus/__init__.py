@@ -1,0 +1,1 @@
+"""Inputs gone bad in more than two hundred ways, made by code from real CT, each with what must become of it."""
