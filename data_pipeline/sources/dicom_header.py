@@ -15,8 +15,10 @@ from data_pipeline.sources.dicom_geometry import Slice
 
 # Archives are full of values that the standard forbids and everybody can read; what matters here is checked by us.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
-# Its messages name files and quote values.
-logging.getLogger("pydicom").propagate = False
+# Their messages name files and quote values; what matters of them ends as a reason.
+for _library in ("pydicom", "openjpeg", "libjpeg"):
+    logging.getLogger(_library).addHandler(logging.NullHandler())
+    logging.getLogger(_library).propagate = False
 
 DEFLATED = 0
 """Instead of a place in the file: the pixels can be found only after inflating all of it."""

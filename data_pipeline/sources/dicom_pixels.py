@@ -4,6 +4,7 @@ Uncompressed 16-bit pixels come straight from the file; everything else goes thr
 """
 
 import io
+import itertools
 import os
 import struct
 import warnings
@@ -41,6 +42,9 @@ _RETIRED = frozenset(_JPEG + end for end in ("53", "55"))
 _NATIVE = frozenset({ImplicitVRLittleEndian, ExplicitVRLittleEndian})
 OVERLAY_BIT = 0x60000102
 _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
+_CODED_HEADER_BYTES = 4096
+_FRAME_MARKERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
+"""Markers of JPEG and JPEG-LS that are followed by the size of the image."""
 _SPARE_BYTES = 16
 """By which pixel data may be longer than their image: writers pad them."""
 
@@ -87,7 +91,8 @@ def stored_of(path: Path, header: Any, start: int) -> Stored:
         decoder, plugin = None, "none"
     if decoder is None or (plugin and plugin not in decoder.available_plugins):
         raise Rejected(Reason.UNREADABLE, "the pixels are encoded in a way that is not read")
-    bits = (whole(header, "BitsAllocated"), whole(header, "BitsStored"))
+    allocated = whole(header, "BitsAllocated")
+    bits = (allocated, whole(header, "BitsStored", allocated))
     if not 0 < bits[1] <= bits[0]:
         raise Rejected(Reason.UNREADABLE, f"{bits[1]} bits stored of {bits[0]} allocated")
     return Stored(
@@ -152,9 +157,9 @@ def fault_of(stored: Stored) -> str | None:
         size = os.fstat(file.fileno()).st_size
         _, start, length = _element(file, stored)
         if length == _UNDEFINED:
-            return (
-                "its pixels contradict its transfer syntax" if not stored.syntax.is_encapsulated else _cut(file, size)
-            )
+            if stored.syntax.is_encapsulated:
+                return _fragments_fault(file, size, stored)
+            return "its pixels contradict its transfer syntax"
     expected = stored.num_frames * stored.size[0] * stored.size[1] * stored.bits[0] // 8
     if start + length > size or (not stored.syntax.is_encapsulated and length < expected):
         return "it is cut short"
@@ -163,15 +168,34 @@ def fault_of(stored: Stored) -> str | None:
     return None
 
 
-def _cut(file: BinaryIO, size: int) -> str | None:
+def _fragments_fault(file: BinaryIO, size: int, stored: Stored) -> str | None:
     """Follow the fragments of compressed pixels to their end: decoders make up what is missing from the last one."""
-    while True:
+    for index in itertools.count():
         head = file.read(8)
         if head[:4] == _DELIMITER or (not head and file.tell() == size):
-            return None
+            return None if index > 1 else "it is cut short"
         if head[:4] != _ITEM or len(head) < 8:
             return "it is cut short"
-        file.seek(int.from_bytes(head[4:], "little"), os.SEEK_CUR)
+        following = file.tell() + int.from_bytes(head[4:], "little")
+        # The first item is the table of offsets, the second one starts the first frame.
+        if index == 1 and _coded_size(file.read(_CODED_HEADER_BYTES)) not in {None, stored.size}:
+            return "its compressed pixels have another size than its header says"
+        file.seek(following)
+    return None
+
+
+def _coded_size(coded: bytes) -> tuple[int, int] | None:
+    """Rows and columns that a JPEG or JPEG 2000 stream gives itself; None where it does not say."""
+    if coded.startswith(b"\xff\x4f\xff\x51") and len(coded) >= 24:
+        right, bottom, left, top = struct.unpack(">4L", coded[8:24])
+        return bottom - top, right - left
+    place = 2
+    while coded.startswith(b"\xff\xd8") and place + 9 <= len(coded) and coded[place] == 0xFF:
+        if coded[place + 1] in _FRAME_MARKERS:
+            rows, columns = struct.unpack(">HH", coded[place + 5 : place + 9])
+            return (rows, columns) if rows else None
+        place += 2 + int.from_bytes(coded[place + 2 : place + 4], "big")
+    return None
 
 
 def _element(file: BinaryIO, stored: Stored) -> tuple[str, int, int]:

@@ -140,7 +140,7 @@ def _look_at(path: Path, series: _Series) -> None:
             return
         planes = _planes(path, header, start)
         fault = fault_of(planes[0].stored)
-    except Rejected:
+    except (Rejected, MemoryError):
         raise
     except Exception as error:
         failed = reading_failed(error, "the header of a slice cannot be read")
@@ -253,7 +253,7 @@ def _check_one_series(series: _Series, order: list[int]) -> None:
 
     Two anonymised series in one folder can interleave to what looks like one volume.
     """
-    if text(series.header, "SeriesInstanceUID"):
+    if text(series.header, "SeriesInstanceUID") or series.planes[0].stored.num_frames > 1:
         return
     found = [series.planes[index].number for index in order]
     if len(set(found)) < len(found):
@@ -286,7 +286,7 @@ def _read_pixels(series: _Series, order: list[int]) -> NDArray[np.signedinteger[
                 if hu.dtype != voxels.dtype and voxels.dtype == np.int16:
                     voxels = voxels.astype(np.int32)
                 voxels[place_of[id(plane)]] = hu
-        except Rejected:
+        except (Rejected, MemoryError):
             raise
         except Exception as error:
             failed = reading_failed(error, "the pixels of a slice cannot be decoded")

@@ -4,7 +4,7 @@ import hashlib
 import math
 import zlib
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -48,9 +48,9 @@ class DicomFacts:
     num_frames: int = 1
     pixels: int = 0
     """Rows x columns."""
-    position: tuple[float, float, float] | None = None
-    last_position: tuple[float, float, float] | None = None
-    """Of the last frame, where there are many."""
+    low: tuple[float, float, float] | None = None
+    """Position; of many frames, the lowest along each axis."""
+    high: tuple[float, float, float] | None = None
     pixel_mm2: float = 0.0
     is_damaged: bool = False
     """A slice of a series, but its file ends before the pixels."""
@@ -64,7 +64,7 @@ class DicomFacts:
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "DicomFacts":
         """From what `values` gave, also after a way through JSON."""
-        tuples = ("position", "last_position", "problem")
+        tuples = ("low", "high", "problem")
         return cls(**values | {name: values[name] and tuple(values[name]) for name in tuples})
 
 
@@ -117,13 +117,14 @@ def _facts(header: Any, has_pixels: bool) -> DicomFacts:
     has_uid = bool(identity[-1])
     described = [] if has_uid else [text(header, name) for name in _DESCRIPTION]
     spacing = numbers(first, "PixelSpacing", 2)
+    places = [place for frame in frames if (place := numbers(frame, "ImagePositionPatient", 3))]
     return DicomFacts(
         group=hashlib.sha256("\n".join([*identity, *described]).encode("utf-8", "replace")).hexdigest()[:32],
         has_uid=has_uid,
         num_frames=num_frames,
         pixels=whole(header, "Rows") * whole(header, "Columns"),
-        position=numbers(first, "ImagePositionPatient", 3),  # type: ignore[arg-type]  # as many as asked for
-        last_position=numbers(last, "ImagePositionPatient", 3) if num_frames > 1 else None,  # type: ignore[arg-type]
+        low=_corner(places, min),
+        high=_corner(places, max),
         pixel_mm2=spacing[0] * spacing[1] if spacing else 0.0,
         is_damaged=problem is None and not (has_pixels and has_size(header)),
         problem=problem,
@@ -158,11 +159,23 @@ def _source(files: tuple[str, ...], facts: list[DicomFacts]) -> Source:
     return Source(files[0], "dicom", files, voxels, problem, _voxel_mm3(facts))
 
 
+def _corner(
+    places: list[tuple[float, ...]], pick: Callable[[tuple[float, ...]], float]
+) -> tuple[float, float, float] | None:
+    if not places:
+        return None
+    x, y, z = (pick(numbers_) for numbers_ in zip(*places, strict=True))
+    return x, y, z
+
+
 def _voxel_mm3(facts: list[DicomFacts]) -> float:
     """An estimate from the outermost positions; 0 where it cannot be made."""
-    places = [place for fact in facts for place in (fact.position, fact.last_position) if place is not None]
-    count = sum(fact.num_frames for fact in facts if fact.position is not None)
-    if len(places) < 2 or count < 2:
+    placed = [fact for fact in facts if fact.low and fact.high]
+    low, high = (
+        _corner([fact.low for fact in placed if fact.low], min),
+        _corner([f.high for f in placed if f.high], max),
+    )
+    count = sum(fact.num_frames for fact in placed)
+    if low is None or high is None or count < 2:
         return 0.0
-    length = math.dist(*([pick(axis) for axis in zip(*places, strict=True)] for pick in (min, max)))
-    return facts[0].pixel_mm2 * length / (count - 1)
+    return placed[0].pixel_mm2 * math.dist(low, high) / (count - 1)
