@@ -5,20 +5,19 @@ A shard counts as done when its index stands and every byte of it holds; so pack
 
 import errno
 import fcntl
-import hashlib
 import os
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mim_scale.commit import TEMPORARY, sha256_values, write_file
+from mim_scale.commit import TEMPORARY, sha256_file, sha256_values, write_file
 from mim_scale.config import PretrainConfig
 from mim_scale.errors import ConfigError, DamagedError, HostError, StoreError
 from mim_scale.store.dataset import Dataset
-from mim_scale.store.manifest import rows_bytes, split_subjects
+from mim_scale.store.manifest import Row, split_subjects, write_rows
 from mim_scale.store.tar_store import (
     END,
     ShardIndex,
@@ -122,7 +121,7 @@ def write_pack(
                 if ranges[side]:
                     reader = SampleReader(dataset, rows[side], config.plan, config.seed, bool(held_out))
                     shards[side] = packer.pack(reader, side, ranges[side])
-            return Outcome(_commit(folder, job, shards, rows_bytes(dataset.rows)), packer.num_written)
+            return Outcome(_commit(folder, job, shards, dataset.rows), packer.num_written)
     except OSError as error:
         if error.errno not in _NO_ROOM:
             raise
@@ -266,7 +265,9 @@ def _take_up(folder: Path, job: dict[str, Any]) -> None:
     write_file(folder / NOTE, sealed(job)[0])
 
 
-def _commit(folder: Path, job: dict[str, Any], shards: dict[str, list[ShardEntry]], manifest: bytes) -> dict[str, Any]:
+def _commit(
+    folder: Path, job: dict[str, Any], shards: dict[str, list[ShardEntry]], rows: Iterable[Row]
+) -> dict[str, Any]:
     """Write the record, from which on the pack exists; returns its values."""
     entries = [entry for side in SIDES for entry in shards.get(side, [])]
     names = {entry.name for entry in entries}
@@ -274,12 +275,12 @@ def _commit(folder: Path, job: dict[str, Any], shards: dict[str, list[ShardEntry
         if path.stem.rpartition("-")[0] in SIDES and path.stem not in names:
             # Of a packing that cut shards elsewhere, by another version of a library.
             path.unlink()
+    write_rows(folder / MANIFEST, rows)
     record = {
         **job,
         "shards": {side: [asdict(entry) for entry in shards.get(side, [])] for side in SIDES},
-        "files": {MANIFEST: hashlib.sha256(manifest).hexdigest()},
+        "files": {MANIFEST: sha256_file(folder / MANIFEST)},
     }
-    write_file(folder / MANIFEST, manifest)
     write_file(folder / RECORD, sealed(record)[0])
     (folder / NOTE).unlink(missing_ok=True)
     return record
