@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import shlex
 import stat
 from pathlib import Path
 
@@ -72,7 +73,8 @@ def _read(path: Path) -> bytes:
     except OSError as error:
         raise SourceError(f"{path}: the pseudonym key cannot be read ({error.strerror}); name another --key") from None
     if mode & 0o077:
-        raise SourceError(f"{path}: the pseudonym key is open to others (mode {mode:o}); run: chmod 600 {path}")
+        command = f"chmod 600 {shlex.quote(str(path))}"
+        raise SourceError(f"{path}: the pseudonym key is open to others (mode {mode:o}); run: {command}")
     try:
         secret = bytes.fromhex(written.decode("ascii"))
     except ValueError:
