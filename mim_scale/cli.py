@@ -60,20 +60,21 @@ def _parser() -> argparse.ArgumentParser:
 def _add_data_verbs(data: Any) -> None:
     scan = data.add_parser("scan", help="list what a source folder holds, without reading voxels")
     scan.add_argument("source", type=Path)
-    scan.set_defaults(verb=lambda o: _data("scan", o.source))
+    scan.add_argument("--workers", type=int, help="processes that read headers (default: every core)")
+    scan.add_argument("--store", type=Path, help="check that every input has a row in this store")
+    scan.add_argument("--names", action="store_true", help="print the paths of inputs that headers refuse")
+    scan.set_defaults(verb=lambda o: _data("scan", o.source, o.workers, o.store, o.names))
+
+    plan = data.add_parser("plan", help="what a build would do and take; writes nothing")
+    _add_build_options(plan)
+    plan.add_argument("--json", action="store_true", help="for scripts")
+    plan.set_defaults(verb=lambda o: _data("plan", _build_config(o), o.json))
 
     build = data.add_parser("build", help="convert a source folder into a store; run again to resume")
-    build.add_argument("source", type=Path)
-    build.add_argument("store", type=Path)
-    build.add_argument(
-        "--spacing", type=_spacing, metavar="MM", help="resample: one number, or z,y,x (default: native)"
-    )
-    build.add_argument(
-        "--min-slices", type=int, default=16, help="thinner volumes are quarantined (default: %(default)s)"
-    )
-    build.add_argument("--executor", choices=("ray", "local"), default="ray", help="(default: %(default)s)")
-    build.add_argument("--workers", type=int, help="tasks at once (default: every core)")
-    build.set_defaults(verb=_build)
+    _add_build_options(build)
+    build.set_defaults(verb=lambda o: _data("build", _build_config(o)))
+
+    _add_quarantine(data)
 
     verify = data.add_parser("verify", help="check a store or a pack: records, sizes, checksums")
     verify.add_argument("store", type=Path)
@@ -85,7 +86,58 @@ def _add_data_verbs(data: Any) -> None:
     stats.add_argument("--json", action="store_true", help="for scripts")
     stats.set_defaults(verb=lambda o: _data("stats", o.store, o.json))
 
+    push = data.add_parser("push", help="upload a store, a pack or an export to a bucket; run again to go on")
+    push.add_argument("folder", type=Path, help="a store, a pack or an export")
+    push.add_argument("url", help="s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    push.add_argument("--delete-old", action="store_true", help="remove volumes that only older records name")
+    push.set_defaults(verb=lambda o: _data("push", o.folder, o.url, o.delete_old))
+
+    pull = data.add_parser("pull", help="download a store from a bucket; run again to go on")
+    pull.add_argument("url", help="s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
+    pull.add_argument("store", type=Path)
+    pull.set_defaults(verb=lambda o: _data("pull", o.url, o.store))
+
     add_pack(data)
+
+
+def _add_build_options(build: Any) -> None:
+    build.add_argument("source", type=Path)
+    build.add_argument("store", type=Path)
+    build.add_argument(
+        "--spacing", type=_spacing, metavar="MM", help="resample: one number, or z,y,x (default: native)"
+    )
+    build.add_argument(
+        "--min-slices", type=int, default=16, help="thinner volumes are quarantined (default: %(default)s)"
+    )
+    build.add_argument("--executor", choices=("ray", "local"), default="ray", help="(default: %(default)s)")
+    build.add_argument("--workers", type=int, help="tasks at once (default: every core)")
+    build.add_argument("--part", metavar="3/16", help="do one part of a job array and commit nothing")
+    build.add_argument("--key", type=Path, help="file with the secret behind pseudonyms (default: your own)")
+    build.add_argument(
+        "--hold-out", action="append", default=[], metavar="PATH", help="keep copies of these volumes out; repeatable"
+    )
+
+
+def _add_quarantine(data: Any) -> None:
+    refused = data.add_parser("quarantine", help="what a store refused, why, and what to do about it")
+    actions = refused.add_subparsers(required=True, metavar="ACTION")
+    for action, words in (
+        ("list", "every refused input, one line each"),
+        ("show", "refused inputs, and what can be done"),
+        ("retry", "have the next build try them again"),
+        ("waive", "let inputs pass that were refused by judgement"),
+    ):
+        one = actions.add_parser(action, help=words)
+        one.add_argument("store", type=Path)
+        one.add_argument("keys", nargs="*", metavar="KEY", help="of inputs, as `list` shows them (default: all)")
+        one.add_argument("--reason", default="", help="only those refused for this")
+        one.set_defaults(names=None, json=False)
+        if action in {"list", "show"}:
+            one.add_argument("--names", type=Path, metavar="SOURCE", help="show the paths behind the keys")
+            one.add_argument("--json", action="store_true", help="for scripts")
+        one.set_defaults(
+            verb=lambda o, action=action: _data("quarantine", action, o.store, tuple(o.keys), o.reason, o.names, o.json)
+        )
 
 
 def _data(verb: str, *values: Any) -> int:
@@ -109,7 +161,7 @@ def _spacing(text: str) -> list[float]:
     return numbers * 3 if len(numbers) == 1 else numbers
 
 
-def _build(options: argparse.Namespace) -> int:
+def _build_config(options: argparse.Namespace) -> BuildConfig:
     values = {
         "source": str(options.source),
         "store": str(options.store),
@@ -117,8 +169,11 @@ def _build(options: argparse.Namespace) -> int:
         "min_slices": options.min_slices,
         "executor": options.executor,
         "workers": options.workers,
+        "part": options.part,
+        "key_file": str(options.key) if options.key else None,
+        "hold_out": tuple(options.hold_out),
     }
-    return _data("build", check_config(BuildConfig, values, "data build"))
+    return check_config(BuildConfig, values, "data build")
 
 
 def _verify(options: argparse.Namespace) -> int:

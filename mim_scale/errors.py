@@ -10,6 +10,8 @@
     +-- ClusterError         2   Ray or the ranks cannot be reached or started
     |   +-- LostRankError   75   another rank went away: start again
     +-- HostError            2   the file system refused
+    +-- StorageError         2   an object storage refused or cannot be reached
+    |   +-- LostObjectError  2   one object is gone, or is not the one that was listed
     +-- DivergedError        1   the loss is not finite
     +-- BugError             1   our bug on one rank, told to the others
 
@@ -84,6 +86,14 @@ class LostRankError(ClusterError):
 
 class HostError(MimScaleError):
     """The file system refused: a path cannot be read or written, or the disk is full."""
+
+
+class StorageError(MimScaleError):
+    """An object storage refused, or cannot be reached: what is asked of it next will fare no better."""
+
+
+class LostObjectError(StorageError):
+    """One object is gone, or is not the one that was listed; the others may be as they were."""
 
 
 class DivergedError(MimScaleError):
