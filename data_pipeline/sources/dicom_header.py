@@ -16,6 +16,7 @@ from data_pipeline.sources.dicom_geometry import Slice
 # Archives are full of values that the standard forbids and everybody can read; what matters here is checked by us.
 pydicom.config.settings.reading_validation_mode = pydicom.config.IGNORE
 # Their messages name files and quote values; what matters of them ends as a reason.
+warnings.filterwarnings("ignore", module=r"pydicom\.")
 for _library in ("pydicom", "openjpeg", "libjpeg"):
     logging.getLogger(_library).addHandler(logging.NullHandler())
     logging.getLogger(_library).propagate = False
@@ -62,13 +63,11 @@ def read_header(file: BinaryIO, only: list[int] | None = None) -> tuple[Any, int
 
     The place is DEFLATED, or None where the file ends before it. Any exception means that the file cannot be read.
     """
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=only)
-        if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
-            file.seek(0)
-            header = pydicom.dcmread(file, force=True, specific_tags=only and [*only, _PIXEL_DATA_TAG])
-            return header, DEFLATED if _PIXEL_DATA_TAG in header else None
+    header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=only)
+    if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
+        file.seek(0)
+        header = pydicom.dcmread(file, force=True, specific_tags=only and [*only, _PIXEL_DATA_TAG])
+        return header, DEFLATED if _PIXEL_DATA_TAG in header else None
     start = file.tell()
     return header, start if file.read(4) in _PIXEL_DATA else None
 

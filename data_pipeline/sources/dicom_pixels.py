@@ -7,7 +7,6 @@ import io
 import itertools
 import os
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -247,12 +246,8 @@ def _decoded(data: bytes, stored: Stored, vr: str) -> Iterator[NDArray[np.intege
         "pixel_keyword": "PixelData",
         "pixel_vr": vr,
     }
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        for pixels, _ in decoder.iter_array(data, raw=True, decoding_plugin=plugin, **options):
-            if pixels.shape != stored.size:
-                raise ValueError("decoded to another size")
-            yield pixels
+    for pixels, _ in decoder.iter_array(data, raw=True, decoding_plugin=plugin, **options):
+        yield pixels
 
 
 def _within_bits(pixels: NDArray[np.integer[Any]], stored: Stored, repairs: set[str]) -> NDArray[np.integer[Any]]:
@@ -278,12 +273,17 @@ def to_hu(pixels: NDArray[np.integer[Any]], rescale: Rescale, repairs: set[str])
     Raises:
         Rejected: the rescale gives no usable numbers.
     """
+    if rescale.slope != 1:
+        repairs.add("rescaled")
     low, high = int(pixels.min()), int(pixels.max())
     padded = None
     if rescale.padding is not None and rescale.padding[0] <= high and rescale.padding[1] >= low:
-        padded, low, high = _padded(pixels, rescale, (low, high), repairs)
-    if rescale.slope != 1:
-        repairs.add("rescaled")
+        padded = _padded(pixels, rescale, repairs)
+    if padded is not None:
+        kept = pixels[~padded]
+        if not kept.size:
+            return np.full(pixels.shape, _AIR_HU, np.int16)
+        low, high = int(kept.min()), int(kept.max())
     ends = [low * rescale.slope + rescale.intercept, high * rescale.slope + rescale.intercept]
     if not max(map(abs, ends)) <= np.iinfo(np.int32).max:
         raise Rejected(Reason.NON_FINITE, "the rescale slope or intercept gives no usable numbers")
@@ -303,22 +303,18 @@ def to_hu(pixels: NDArray[np.integer[Any]], rescale: Rescale, repairs: set[str])
     return hu
 
 
-def _padded(
-    pixels: NDArray[np.integer[Any]], rescale: Rescale, ends: tuple[int, int], repairs: set[str]
-) -> tuple[NDArray[np.bool_] | None, int, int]:
-    """Which pixels become air, and the lowest and highest value of the others."""
-    low, high = rescale.padding or ends
+def _padded(pixels: NDArray[np.integer[Any]], rescale: Rescale, repairs: set[str]) -> NDArray[np.bool_] | None:
+    """Which pixels become air; None where there are none, or where they are left as they are."""
+    low, high = rescale.padding or (0, 0)
     padded = pixels == low if low == high else (pixels >= low) & (pixels <= high)
     values = pixels[padded]
     if not values.size:
-        return None, *ends
-    hu = sorted((int(values.min()) * rescale.slope, int(values.max()) * rescale.slope))
-    if hu[1] + rescale.intercept > _LARGEST_PADDING_HU:
+        return None
+    hu = sorted(int(end) * rescale.slope + rescale.intercept for end in (values.min(), values.max()))
+    if hu[1] > _LARGEST_PADDING_HU:
         repairs.add("padding_ambiguous")
-        return None, *ends
-    if [round(number + rescale.intercept) for number in hu] == [_AIR_HU, _AIR_HU]:
-        return None, *ends
+        return None
+    if np.rint(hu).tolist() == [_AIR_HU, _AIR_HU]:
+        return None
     repairs.add("padding_mapped")
-    kept = pixels[~padded]
-    air = round((_AIR_HU - rescale.intercept) / rescale.slope) if rescale.slope else low
-    return padded, int(kept.min(initial=air)), int(kept.max(initial=air))
+    return padded

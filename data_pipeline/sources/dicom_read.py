@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import deidentify
-from data_pipeline.deidentify import Acquisition, Identity
+from data_pipeline.deidentify import Identity, acquisition_of_dicom
 from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.sources.dicom_frames import check_one_stack, frame_headers, is_multi_frame
 from data_pipeline.sources.dicom_geometry import Slice, stack_slices
@@ -110,13 +109,8 @@ def read_series(paths: list[Path]) -> Scan:
         LPS_TO_RAS @ affine,
         tuple(sorted(series.repairs)),
         _identity(series.header),
-        _acquisition(series.header),
+        acquisition_of_dicom(series.header),
     )
-
-
-def _acquisition(header: Any) -> Acquisition:
-    reader = getattr(deidentify, "acquisition_of_dicom", None)
-    return reader(header) if reader else Acquisition()
 
 
 def _identity(header: Any) -> Identity:

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from data_pipeline.canonical import canonical
 from data_pipeline.reasons import Rejected
 from data_pipeline.screen import screen
-from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
 from mim_scale.store.volume import Volume
