@@ -17,6 +17,7 @@ class Reason(StrEnum):
     NOT_CT = "not_ct"
     LOCALIZER = "localizer"
     DERIVED_MAP = "derived_map"
+    LABEL_MAP = "label_map"
     SECONDARY_CAPTURE = "secondary_capture"
     MULTI_FRAME = "multi_frame"
     NO_GEOMETRY = "no_geometry"
