@@ -33,6 +33,8 @@ FORMAT_VERSION = 1
 """Version of PACK.md; a pack of another version is refused."""
 
 RECORD = "pack.json"
+NOTE = "packing.json"
+"""What an unfinished pack is to become; in its place stands the record once it is finished."""
 MANIFEST = "manifest.parquet"
 SIDES = ("train", "held_out")
 MEMBERS = ("plan.json", "block.blosc")

@@ -7,13 +7,13 @@ from mim_scale.config import PlanConfig
 from mim_scale.errors import DamagedError
 from mim_scale.store.manifest import split_subjects
 from mim_scale.store.tar_store import MEND, check_shard
-from mim_scale.streaming.pack import RECORD, SIDES, Pack, ShardEntry, decode, same_plan
+from mim_scale.streaming.pack import NOTE, RECORD, SIDES, Pack, ShardEntry, decode, same_plan
 from mim_scale.streaming.reader import SampleReader
 
 
 def is_pack(path: Path) -> bool:
-    """Whether a folder holds a finished pack, damaged or not."""
-    return (path / RECORD).is_file()
+    """Whether a folder holds a pack, be it damaged or not finished."""
+    return any((path / name).is_file() for name in (RECORD, NOTE))
 
 
 def verify_pack(path: Path, deep: bool = False, progress: Callable[[int, int], None] | None = None) -> list[str]:

@@ -34,6 +34,7 @@ from mim_scale.streaming.pack import (
     FORMAT_VERSION,
     MANIFEST,
     MEMBERS,
+    NOTE,
     RECORD,
     SIDES,
     ShardEntry,
@@ -46,8 +47,6 @@ from mim_scale.streaming.pack import (
 from mim_scale.streaming.reader import SampleReader
 from mim_scale.streaming.stream_threads import in_order
 
-NOTE = "packing.json"
-"""What an unfinished pack is to become; in its place stands the record once it is finished."""
 SHARD_BYTES = 512_000_000
 
 Encoded = Generator[tuple[bytes, ...], None, None]
