@@ -81,6 +81,15 @@ def _add_data_verbs(data: Any) -> None:
     verify.add_argument("--deep", action="store_true", help="decode every chunk and compare content hashes")
     verify.set_defaults(verb=_verify)
 
+    listing = data.add_parser(
+        "list",
+        help="write what a source folder holds as a list, for nnssl or for a later build",
+        description="Subjects are numbered, files are named: the list holds their paths, and whatever name is in them.",
+    )
+    listing.add_argument("source", type=Path)
+    listing.add_argument("out", type=Path, help=".json for nnssl (call it pretrain_data.json), .csv or .parquet")
+    listing.set_defaults(verb=lambda o: _data("export_list", o.source, o.out))
+
     stats = data.add_parser("stats", help="counts, sizes, spacings and HU of a store")
     stats.add_argument("store", type=Path)
     stats.add_argument("--json", action="store_true", help="for scripts")

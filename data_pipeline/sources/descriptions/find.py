@@ -75,6 +75,8 @@ def find_descriptions(root: Path, files: Iterable[str]) -> Described:
     subject_folders: dict[str, str] = {}
     for file in files:
         folder, _, name = file.rpartition("/")
+        if name.startswith("."):
+            continue  # what other systems leave beside files, under the same names
         if name in {_DATASET, NNSSL, *TABLES}:
             candidates.append(file)
         elif name.lower().endswith(_VOLUMES):

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal
 
 from data_pipeline.reasons import Reason
@@ -62,6 +63,22 @@ class Line:
     where: str
     path: str = field(repr=False)
     listed: Listed
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One image of a list that is written; only its path is in clear.
+
+    path: absolute.
+    subject, session: pseudonyms, fit for file names; a subject may be empty.
+    """
+
+    path: Path = field(repr=False)
+    subject: str
+    session: str
+    dataset: str = field(default="", repr=False)
+    split: str = ""
+    role: Role = "image"
 
 
 def listed_as(role: Role, subject: str | None = None, dataset: str = "", split: str = "") -> Listed:

@@ -5,11 +5,10 @@ import os
 import posixpath
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.sources.descriptions.listed import Line, Listed, listed_as, person, role_of_modality
+from data_pipeline.sources.descriptions.listed import Line, Listed, Written, listed_as, person, role_of_modality
 from data_pipeline.sources.descriptions.place import Place
 from mim_scale.commit import write_file
 
@@ -73,21 +72,7 @@ def _image_lines(place: Place, image: Any, where: str, dataset: str, subject: st
             yield Line(f"{where}'s {kind}", mask, listed_as("mask", subject, dataset))
 
 
-@dataclass(frozen=True)
-class ListEntry:
-    """One image of a list that is written."""
-
-    path: Path
-    """Absolute."""
-    subject: str
-    """A pseudonym, fit for a file name."""
-    session: str
-    dataset: str
-    split: str = ""
-    role: str = "image"
-
-
-def write_nnssl(path: Path, entries: Iterable[ListEntry]) -> None:
+def write_nnssl(path: Path, entries: Iterable[Written]) -> None:
     """Replace the file by a collection of these images; paths below $nnssl_raw are written relative to it.
 
     The collection is called like the folder of the file, where that is called DatasetNNN_NAME as nnssl wants it.
@@ -117,7 +102,7 @@ def _session(name: str) -> dict[str, Any]:
     return {"session_id": name, "session_info": {}, "images": []}
 
 
-def _image(entry: ListEntry, taken: set[str]) -> dict[str, Any]:
+def _image(entry: Written, taken: set[str]) -> dict[str, Any]:
     name = entry.path.name
     number = 1
     while name in taken:
