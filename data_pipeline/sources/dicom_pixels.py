@@ -75,6 +75,8 @@ class Rescale:
     intercept: float
     padding: tuple[int, int] | None
     """Stored values that mark pixels outside the reconstruction, both ends included."""
+    is_given: bool = True
+    """Whether the header says slope and intercept, so that they are no defaults."""
 
 
 def stored_of(path: Path, header: Any, start: int) -> Stored:
@@ -121,15 +123,17 @@ def rescale_of(header: Header, is_signed: bool) -> Rescale:
     Raises:
         Rejected: they are no numbers, or a table takes their place.
     """
+    names = ("RescaleSlope", "RescaleIntercept")
+    is_given = all(value(header, name) is not None for name in names)
     found = []
-    for name, default in (("RescaleSlope", 1.0), ("RescaleIntercept", 0.0)):
+    for name, default in zip(names, (1.0, 0.0), strict=True):
         number = numbers(header, name, 1) if value(header, name) is not None else (default,)
         if number is None:
             raise Rejected(Reason.NON_FINITE, "the rescale slope or intercept gives no usable numbers")
         found.append(number[0])
     if value(header, "RescaleSlope") is None and value(header, "ModalityLUTSequence"):
         raise Rejected(Reason.UNREADABLE, "stored values become HU by a table, which is not read")
-    return Rescale(found[0], found[1], _padding_range(header, is_signed))
+    return Rescale(found[0], found[1], _padding_range(header, is_signed), is_given)
 
 
 def _padding_range(header: Header, is_signed: bool) -> tuple[int, int] | None:

@@ -96,6 +96,8 @@ def read_series(paths: list[Path]) -> Scan:
         _look_at(path, series)
     _drop_copies(series)
     order, affine = _stacked(series)
+    if len({plane.rescale.is_given for plane in series.planes}) > 1:
+        raise Rejected(Reason.HU_IMPLAUSIBLE, "only some of the slices say how their values become HU")
     voxels = _read_pixels(series, order)
     step = float(np.linalg.norm(affine[:3, 2]))
     if max(plane.thickness_mm for plane in series.planes) > _OVERLAP * step:

@@ -92,6 +92,12 @@ def test_rescale_and_intercept_may_change_from_slice_to_slice(tmp_path: Path) ->
     np.testing.assert_array_equal(_voxels(tmp_path), SERIES.voxels)
 
 
+@pytest.mark.parametrize("name", ["RescaleIntercept", "RescaleSlope"])
+def test_a_rescale_that_one_slice_lacks_is_not_made_up(tmp_path: Path, name: str) -> None:
+    write_series(tmp_path, replace(SERIES, slice_tags={9: {name: None}}))
+    assert _rejected(tmp_path) == ("hu_implausible", "only some of the slices say how their values become HU")
+
+
 def test_values_beyond_16_bits_are_kept_for_the_screen_to_see(tmp_path: Path) -> None:
     write_series(tmp_path, replace(SERIES, slice_tags={9: {"RescaleIntercept": 60000}}))
     voxels = _voxels(tmp_path)
