@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test lint check-types contracts suite bench soak clean install
+.PHONY: demo test lint check-types contracts suite bench bad-inputs soak clean install
 
 install: $(READY)
 
@@ -38,8 +38,12 @@ suite: $(READY)
 bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
 
-soak: $(READY)  ## the long golden runs that the suite leaves out
+bad-inputs: $(READY)  ## every bad input, what must become of it and what does: docs/bad-inputs.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.corpus.page
+
+soak: $(READY)  ## the long golden runs that the suite leaves out, and fuzzing of the readers
 	OMP_NUM_THREADS=1 MIM_SCALE_ALL_GOLDEN=1 $(BIN)/python -m pytest tests/models/test_golden.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.fuzz_readers --seconds 120
 
 clean:
 	rm -rf $(VENV) runs/demo stores/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

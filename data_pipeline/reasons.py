@@ -13,6 +13,7 @@ class Reason(StrEnum):
     """The codes that a quarantine row can carry."""
 
     UNREADABLE = "unreadable"
+    ARCHIVE = "archive"
     NO_PIXELS = "no_pixels"
     NOT_CT = "not_ct"
     LOCALIZER = "localizer"

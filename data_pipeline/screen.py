@@ -4,6 +4,7 @@ The values say it: tissue and air lie where they lie in every CT. Thresholds wer
 with their scale broken in eight ways; the nearest volume lies a factor of three or more from each threshold.
 """
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,38 +28,83 @@ _LEAST_SOFT_SHARE = 0.1
 _EMPTY_BELOW_HU = -150
 _OFFSET_TISSUE_SHARE = 0.02
 _OFFSET_TISSUE_RATIO = 4
+_BONE_HU = 800
+_MOST_BONE = 0.4
+"""Of 171 real volumes, the one with most has 3 %."""
 _CLIPPED_SHARE = 0.005
 _FLOOR_HU = -900
 """Many voxels at a lowest value up to here are air, or what lies outside the scanner's circle."""
 
 
-def screen(voxels: NDArray[np.int16], min_slices: int) -> tuple[str, ...]:
+def screen(voxels: NDArray[np.int16], min_slices: int, waived: tuple[str, ...] = ()) -> tuple[str, ...]:
     """Pass a volume, or raise Rejected with what speaks against it.
 
     Args:
         voxels: int16 HU (z, y, x), padding already air.
         min_slices: fewest voxels along any axis.
+        waived: reasons that the user lets pass; each that would have applied comes back as a flag `waived_<reason>`.
 
     Returns:
         Flags, sorted: `clipped_hu` where many voxels share the highest or the lowest value, as after a window.
     """
-    low, high = int(voxels.min()), int(voxels.max())
-    if low == high:
+    flags = set()
+    for check in (
+        _check_constant,
+        _check_range,
+        partial(_check_size, min_slices=min_slices),
+        _check_offset,
+        _check_dense,
+    ):
+        try:
+            check(voxels)
+        except Rejected as rejected:
+            if rejected.reason not in waived:
+                raise
+            flags.add(f"waived_{rejected.reason}")
+    if _is_clipped(voxels):
+        flags.add("clipped_hu")
+    return tuple(sorted(flags))
+
+
+WAIVABLE = frozenset({Reason.CONSTANT, Reason.HU_IMPLAUSIBLE, Reason.TOO_FEW_SLICES})
+"""Reasons that are a judgement: a user who knows better may let a volume pass."""
+
+
+def _check_dense(voxels: NDArray[np.int16]) -> None:
+    """Raise Rejected where most is as dense as cortical bone."""
+    share = float(np.mean(_sample(voxels) > _BONE_HU))
+    if share > _MOST_BONE:
+        raise Rejected(Reason.HU_IMPLAUSIBLE, f"{share:.0%} of the voxels lie above {_BONE_HU}: inverted, or no CT")
+
+
+def _check_constant(voxels: NDArray[np.int16]) -> None:
+    low = int(voxels.min())
+    if low == int(voxels.max()):
         raise Rejected(Reason.CONSTANT, f"every voxel is {low}")
+
+
+def _check_range(voxels: NDArray[np.int16]) -> None:
+    low, high = int(voxels.min()), int(voxels.max())
     if low > _AIR_AT_MOST_HU or high < _DENSE_AT_LEAST_HU:
         expected = f"at most {_AIR_AT_MOST_HU} (air) to at least {_DENSE_AT_LEAST_HU} HU"
         raise Rejected(Reason.HU_IMPLAUSIBLE, f"values from {low} to {high}, expected {expected}{_guess(low, high)}")
+
+
+def _check_size(voxels: NDArray[np.int16], min_slices: int) -> None:
     if min(voxels.shape) < min_slices:
         raise Rejected(
             Reason.TOO_FEW_SLICES, f"shape {list(voxels.shape)}, the build asks for {min_slices} voxels on every axis"
         )
+
+
+def _is_clipped(voxels: NDArray[np.int16]) -> bool:
+    """Whether many voxels share the highest or the lowest value, as after a window."""
+    low, high = int(voxels.min()), int(voxels.max())
     sample = _sample(voxels)
-    _check_offset(sample)
     inside = sample[sample > low]
-    is_cut = _share(inside, high, high) > _CLIPPED_SHARE or (
+    return _share(inside, high, high) > _CLIPPED_SHARE or (
         low > _FLOOR_HU and _share(sample, low, low) > _CLIPPED_SHARE
     )
-    return ("clipped_hu",) if is_cut else ()
 
 
 def check_below_air(values: NDArray[Any]) -> None:
@@ -81,8 +127,9 @@ def check_below_air(values: NDArray[Any]) -> None:
         )
 
 
-def _check_offset(sample: NDArray[np.int16]) -> None:
+def _check_offset(voxels: NDArray[np.int16]) -> None:
     """Raise Rejected where tissue lies near +1000 and nothing near fat or air: stored values with their padding."""
+    sample = _sample(voxels)
     inside = sample[sample > _AIR_HU]
     if inside.size and np.mean(inside < _EMPTY_BELOW_HU) < 0.001:
         tissue = _share(inside, 850, 1250)

@@ -1,9 +1,21 @@
 """All cases, in the order of the page that lists them."""
 
-from tests.pipeline.corpus import compression, mha, nifti, nrrd
+from tests.pipeline.corpus import (
+    archives,
+    compression,
+    dicom,
+    dicom_pixels,
+    filesystem,
+    mha,
+    nifti,
+    nrrd,
+    plausibility,
+)
 from tests.pipeline.corpus.case import Case
 
-CASES: list[Case] = [*nifti.CASES, *nrrd.CASES, *mha.CASES, *compression.CASES]
+_FAMILIES = (dicom, dicom_pixels, nifti, nrrd, mha, compression, archives, filesystem, plausibility)
+
+CASES: list[Case] = [case for family in _FAMILIES for case in family.CASES]
 
 
 def by_key() -> dict[str, Case]:

@@ -10,9 +10,9 @@ from mim_scale.store.geometry import Size3
 from mim_scale.store.volume import AIR_HU, Volume
 from tests.pipeline.corpus.case import SPACING, good_affine
 
-SHAPE: Size3 = (18, 24, 28)
+SHAPE: Size3 = (18, 32, 36)
 _SCAN = "pyradiomics/lung_1.nrrd"
-_PICK = (slice(10, 46, 2), slice(100, 460, 15), slice(60, 480, 15))
+_PICK = (slice(10, 46, 2), slice(100, 452, 11), slice(60, 488, 12))
 
 
 def save_good(path: Path) -> None:

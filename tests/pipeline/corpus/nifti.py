@@ -90,7 +90,10 @@ def _sform(matrix: Any) -> Edit:
 
 
 def _shape(*shape: int) -> Callable[[Any], Any]:
-    return lambda voxels: np.resize(voxels, shape)
+    """Values from all over the good volume, in another shape."""
+    return lambda voxels: voxels.ravel()[np.linspace(0, voxels.size - 1, int(np.prod(shape))).astype(int)].reshape(
+        shape
+    )
 
 
 def _good_files() -> list[Case]:
@@ -174,7 +177,7 @@ def _values() -> list[Case]:
             refused("hu_implausible"),
         ),
         ("complex numbers", _stored("complex64", lambda hu: hu), refused("not_3d")),
-        ("colour", _edited(fields(datatype=128, bitpix=24)), refused("not_3d")),
+        ("colour", _edited(fields(datatype=128, bitpix=32)), refused("not_3d")),
         ("colour with alpha", _edited(fields(datatype=2304, bitpix=32)), refused("not_3d")),
         ("datatype 0", _edited(fields(datatype=0)), refused("unreadable")),
         ("datatype of single bits", _edited(fields(datatype=1, bitpix=1)), refused("unreadable")),
@@ -212,11 +215,11 @@ def _sizes() -> list[Case]:
         ("dim[0] is 0", fields(dim_0=0), "unreadable"),
         ("dim[0] is 2", fields(dim_0=2), "not_3d"),
         ("dim[0] is 4, two volumes", fields(dim_0=4, dim_4=2), "not_3d"),
-        ("a size is negative", fields(dim_1=-28), "unreadable"),
+        ("a size is negative", fields(dim_1=-36), "unreadable"),
         ("a size is 0", fields(dim_3=0), "unreadable"),
         ("sizes of 32767", fields(dim_1=32767, dim_2=32767, dim_3=32767), "unreadable"),
-        ("a size one too large", fields(dim_1=29), "unreadable"),
-        ("a size one too small", fields(dim_1=27), "unreadable"),
+        ("a size one too large", fields(dim_1=37), "unreadable"),
+        ("a size one too small", fields(dim_1=35), "unreadable"),
         ("a slice too few in the header", fields(dim_3=17), "unreadable"),
         ("datatype twice as wide as the data", fields(datatype=8, bitpix=32), "unreadable"),
         ("voxels begin within the header", fields(vox_offset=100), "unreadable"),
@@ -231,11 +234,11 @@ def _sizes() -> list[Case]:
         ("sizeof_hdr is 0", fields(sizeof_hdr=0), "unreadable"),
     ]
     shapes = {
-        "one slice": ((1, 24, 28), "too_few_slices"),
+        "one slice": ((1, 32, 36), "too_few_slices"),
         "one column of voxels": ((200, 1, 1), "too_few_slices"),
         "one voxel": ((1, 1, 1), "constant"),
-        "two axes": ((24, 28), "not_3d"),
-        "five axes": ((2, 2, 18, 24, 28), "not_3d"),
+        "two axes": ((32, 36), "not_3d"),
+        "five axes": ((2, 2, 18, 32, 36), "not_3d"),
     }
     whole = [
         ("cut within the header", lambda good: nifti(good)[:100], "unreadable"),

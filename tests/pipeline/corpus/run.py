@@ -1,5 +1,6 @@
 """Run cases in processes of their own: a crash, a hang or a greedy reader is an outcome of its case, not of the run."""
 
+import importlib
 import multiprocessing
 import resource
 import shutil
@@ -34,7 +35,7 @@ class Got:
 
 def run_case(case: Case, good: Volume) -> Got:
     """Write a case's folder beside a healthy volume, look, read, and compare what is accepted with the truth."""
-    from data_pipeline.sources.find import find_sources
+    from data_pipeline.sources.inventory import find_sources
     from tests.pipeline.corpus.files import nifti
 
     folder = Path(tempfile.mkdtemp(prefix="corpus-"))
@@ -82,13 +83,14 @@ def _outcome(root: Path, source: Any, truth: Volume) -> tuple[str, str]:
     return accepted(*repairs, flags=flags), ""
 
 
-def _serve(pipe: Connection, good: Path) -> None:
+def _serve(pipe: Connection, good: Path, module: str) -> None:
     """A worker: names of cases in, what became of them out."""
-    from tests.pipeline.corpus.cases import by_key
     from tests.pipeline.corpus.good import load_good
 
-    cases, volume = by_key(), load_good(good)
-    run_case(next(iter(cases.values())), volume)  # everything is imported before memory is counted
+    cases = {case.key: case for case in importlib.import_module(module).CASES}
+    volume = load_good(good)
+    # Everything is imported before memory is counted.
+    run_case(Case("", "", lambda root, good: None, ()), volume)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + _LIMIT_BYTES, resource.RLIM_INFINITY))
     pipe.send(None)
@@ -97,10 +99,10 @@ def _serve(pipe: Connection, good: Path) -> None:
 
 
 class _Worker:
-    def __init__(self, good: Path) -> None:
+    def __init__(self, good: Path, module: str) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, good), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, good, module), daemon=True)
         self.process.start()
         theirs.close()
         self.case: Case | None = None
@@ -124,13 +126,17 @@ class _Worker:
         self.process.join()
 
 
-def run_cases(cases: Sequence[Case], good: Path, workers: int = 2) -> Iterator[tuple[Case, Got]]:
+def run_cases(
+    cases: Sequence[Case], good: Path, workers: int = 2, module: str = "tests.pipeline.corpus.cases"
+) -> Iterator[tuple[Case, Got]]:
     """Run cases on a few processes, in any order.
 
     Args:
         good: file that good.save_good wrote.
+        workers: processes at once.
+        module: where the workers find the cases, as CASES.
     """
-    left, busy = list(cases)[::-1], [_Worker(good) for _ in range(min(workers, len(cases)))]
+    left, busy = list(cases)[::-1], [_Worker(good, module) for _ in range(min(workers, len(cases)))]
     for worker in busy:
         worker.ask(left.pop())
     while busy:
@@ -144,5 +150,5 @@ def run_cases(cases: Sequence[Case], good: Path, workers: int = 2) -> Iterator[t
             if not (is_fit and left):
                 worker.end()
             if left:
-                busy.append(worker if is_fit else _Worker(good))
+                busy.append(worker if is_fit else _Worker(good, module))
                 busy[-1].ask(left.pop())
