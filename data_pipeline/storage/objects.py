@@ -23,6 +23,10 @@ from mim_scale.errors import LostObjectError, SourceError, StorageError
 
 PATIENCE_S = 60.0
 """How long a request is tried again while the network or the service fails."""
+PAGE = 1000
+"""Entries of a listing that are held at once."""
+SILENCE_S = 30.0
+"""After how long without a byte a request counts as failed."""
 
 _FIRST_TRIES = 2
 """Of the very first request: a wrong address should say so at once."""
@@ -75,7 +79,7 @@ class ObjectStorage:
             raise refusal(error, self.url) from None
 
     def entries(self) -> Iterator[Entry]:
-        """Every object, a page at a time; empty ones whose key ends in / mark folders and are passed over."""
+        """Every object, a page at a time; empty ones that mark folders are passed over."""
         if self._names is not None:
             yield from side_by_side(self.entry, self._names, _WIDTH)
             return
@@ -167,14 +171,21 @@ class ObjectStorage:
         self._asked(lambda: obstore.delete(self._store, list(paths)))
 
     def _list(self, prefix: str | None = None) -> Iterator[Entry]:
+        empty: Entry | None = None
         try:
-            for page in obstore.list(self._store, prefix, chunk_size=1000):
+            for page in obstore.list(self._store, prefix, chunk_size=PAGE):
                 for meta in page:
-                    # Editors of buckets mark folders by empty objects, which no folder of a disk could hold.
-                    if not (meta["size"] == 0 and meta["path"].endswith("/")):
-                        yield _entry(meta, meta["path"])
+                    entry = _entry(meta, meta["path"])
+                    # Editors of buckets mark folders by empty objects, just before what the folders hold.
+                    if empty is not None and not entry.path.startswith(empty.path + "/"):
+                        yield empty
+                    empty = None if entry.size else entry
+                    if entry.size:
+                        yield entry
         except _REFUSED as error:
             raise refusal(error, self.url) from None
+        if empty is not None:
+            yield empty
 
     def _get(self, entry: Entry, options: Any) -> Any:
         if entry.version.startswith(('"', "W/")):
@@ -244,7 +255,7 @@ def _open(url: str, patience_s: float, tries: int) -> Any:
     client: dict[str, Any] = {
         "allow_http": True,
         "connect_timeout": timedelta(seconds=5),
-        "read_timeout": timedelta(seconds=max(1.0, min(30.0, patience_s))),
+        "read_timeout": timedelta(seconds=SILENCE_S),
         "timeout": timedelta(hours=2),
     }
     if bundle := os.environ.get("AWS_CA_BUNDLE"):

@@ -9,6 +9,7 @@ import hashlib
 import hmac
 import http.client
 import logging
+import os
 import socket
 import sys
 import threading
@@ -21,6 +22,8 @@ from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
 from moto.server import ThreadedMotoServer
 
+PAGE = 50
+"""Objects that one answer lists: a thousand, as S3 does, would make tests of several pages slow."""
 KEY, SECRET, REGION = "test-key", "test-secret", "eu-central-1"
 
 
@@ -55,9 +58,11 @@ class S3Server:
 
     def __init__(self) -> None:
         logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        os.environ["MOTO_S3_DEFAULT_MAX_KEYS"] = str(PAGE)
         self._moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
         self._moto.start()
         self.backend = self._moto.get_host_and_port()
+        assert self.call("POST", "/moto-api/reset")[0] == 200  # what it holds is the process's, not the server's
         self.fault: Callable[[Request], Fault | None] = lambda request: None
         self.requests: list[Request] = []
         self._door: ThreadingHTTPServer | None = None
