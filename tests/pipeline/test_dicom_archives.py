@@ -11,12 +11,16 @@ import pydicom
 import pytest
 import SimpleITK as sitk
 
+from data_pipeline.build.plan import make_tasks
+from data_pipeline.build.task import build_volume
 from data_pipeline.canonical import canonical
+from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.reasons import Rejected
 from data_pipeline.screen import screen
-from data_pipeline.sources.inventory import find_sources
+from data_pipeline.sources.inventory import Inventory, find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
+from mim_scale.config import BuildConfig
 from mim_scale.store.volume import Volume
 from tests.pipeline.sources import oracle
 
@@ -135,7 +139,7 @@ def test_legacy_converted_file_equals_its_three_slices(unpacked: Callable[[str],
     np.testing.assert_allclose(single.affine, multi.affine, atol=1e-6)
     np.testing.assert_allclose(np.linalg.norm(multi.affine[:3, :3], axis=0), (0.7, 0.7, 2.5))
     assert set(np.unique(multi.voxels)) == {0, 1}
-    assert {reason for reason, _ in _refusals(root).values()} == {"hu_implausible"}
+    assert {reason for reason, _ in _refusals(root).values()} <= {"hu_implausible", "too_few_slices"}
 
 
 @pytest.mark.parametrize(
@@ -227,11 +231,9 @@ def test_the_tree_of_a_dicomdir_holds_no_volume(unpacked: Callable[[str], Path])
     root = unpacked("pydicom_dicomdir_tiny")
     refusals = _refusals(root)
     reasons = {name: reason for name, (reason, _) in refusals.items() if "/CR" not in name and "/MR" not in name}
-    assert reasons == {
-        "77654033/CT2/17106": "missing_slices",
-        "98892001/CT2N/6293": "localizer",
-        "98892001/CT5N/2062": "hu_implausible" if "hu" in refusals["98892001/CT5N/2062"][0] else "too_few_slices",
-    }
+    assert reasons.pop("98892001/CT5N/2062") in {"too_few_slices", "hu_implausible"}
+    assert reasons == {"77654033/CT2/17106": "missing_slices", "98892001/CT2N/6293": "localizer"}
+    reasons["98892001/CT5N/2062"] = ""
     assert {reason for name, (reason, _) in refusals.items() if name not in reasons} == {"not_ct"}
     assert find_sources(root).num_ignored == 1
     # By its content it is known under any name.
@@ -240,11 +242,12 @@ def test_the_tree_of_a_dicomdir_holds_no_volume(unpacked: Callable[[str], Path])
 
 
 def _as_volume(path: Path, folder: Path) -> Scan:
-    """One slice under two positions, read as a series."""
+    """One slice under two positions, 5 mm apart, read as a series."""
     folder.mkdir()
     shutil.copy(path, folder / "0")
     file = pydicom.dcmread(path)
-    file.ImagePositionPatient = [*file.ImagePositionPatient[:2], float(file.ImagePositionPatient[2]) + 5]
+    directions = np.array(file.ImageOrientationPatient, float).reshape(2, 3)
+    file.ImagePositionPatient = list(np.array(file.ImagePositionPatient, float) + 5 * np.cross(*directions))
     file.save_as(folder / "1")
     (source,) = find_sources(folder).sources
     return read_source(folder, source)
@@ -278,6 +281,18 @@ def test_every_transfer_syntax_gives_the_same_slice(unpacked: Callable[[str], Pa
     assert seen == {*LOSSLESS, *LOSSY, *COARSE}
 
 
+@pytest.mark.parametrize(
+    "name", ["CT_small", "J2K_pixelrep_mismatch", "bad_sequence", "explicit_VR-UN", "693_J2KI", "693_J2KR", "693_UNCR"]
+)
+def test_files_with_careless_headers_decode_as_simpleitk_does(
+    unpacked: Callable[[str], Path], tmp_path: Path, name: str
+) -> None:
+    path = unpacked("pydicom_singles_mixed") / f"{name}.dcm"
+    scan = _as_volume(path, tmp_path / "pair")
+    expected = np.maximum(sitk.GetArrayFromImage(sitk.ReadImage(str(path)))[0].T, -1024)
+    np.testing.assert_array_equal(np.maximum(scan.voxels[..., 0], -1024), expected)
+
+
 def test_lone_slices_are_refused(unpacked: Callable[[str], Path]) -> None:
     root = unpacked("transfer_syntaxes_single_slices")
     refusals = _refusals(root)
@@ -290,3 +305,55 @@ def test_lone_slices_are_refused(unpacked: Callable[[str], Path]) -> None:
         (root / "alone" / name).mkdir(parents=True)
         shutil.copy(root / name, root / "alone" / name)
     assert set(_refusals(root / "alone").values()) == {("too_few_slices", "a single slice")}
+
+
+OUTCOMES = {
+    "constructed_enhanced_ct_6frames_liver": ["too_few_slices"],
+    "constructed_j2k_gaps_duplicate_truncated": ["missing_slices"],
+    "crlm1004_ge_liver_41slices": ["accepted"],
+    "crlm1006_ge_derived_secondary_8slices": ["too_few_slices"],
+    "enhanced_ct_perfusion_2frames": ["derived_map"],
+    "ge_descending_3slices_plus_seg": ["not_ct", "too_few_slices"],
+    "ge_head_tilt_two_spacings_28slices": ["uneven_spacing"],
+    "ge_secondary_missing_slice_4slices": ["missing_slices"],
+    "legacy_enhanced_ct_tiny_and_source": ["too_few_slices", "too_few_slices"],
+    "philips_localizer_and_secondary_capture": ["localizer", "no_pixels", "no_pixels", "secondary_capture"],
+    "pydicom_dicomdir_tiny": ["localizer", "missing_slices", *["not_ct"] * 10, "too_few_slices"],
+    "pydicom_singles_mixed": [
+        *["no_pixels", *["not_ct"] * 6, "repeated_positions", "secondary_capture", "secondary_capture"],
+        *["too_few_slices"] * 4,
+        *["unreadable"] * 2,
+    ],
+    "siemens_j2k_lossless_20slices": ["accepted"],
+    "siemens_monitoring_same_position_4slices": ["repeated_positions"],
+    "siemens_tilt_missing_slice_4slices": ["missing_slices"],
+    "siemens_tilt_uniform_4slices": ["gantry_tilt"],
+    "transfer_syntaxes_single_slices": ["repeated_positions", "too_few_slices", "too_few_slices"],
+}
+"""What a build makes of each archive, with the 16 slices that it asks for unless told otherwise."""
+
+
+def test_every_archive_has_its_outcomes() -> None:
+    assert {path.stem for path in ARCHIVES.glob("*.zip")} == set(OUTCOMES)
+
+
+@pytest.mark.parametrize("name", OUTCOMES)
+def test_every_archive_through_a_build(unpacked: Callable[[str], Path], tmp_path: Path, name: str) -> None:
+    root = unpacked(name)
+    settings = BuildConfig(source=str(root), store=str(tmp_path / "store"), executor="local", workers=1)
+    with Inventory(root) as inventory:
+        inventory.list_files()
+        inventory.read_headers()
+        results = [build_volume(task) for task in make_tasks(inventory, settings, PseudonymKey(b"k" * 32))]
+    outcomes = [result.rejected[0] if result.rejected else "accepted" for result in results]
+    if "tiny" in name:
+        # Thumbnails are too small and no HU of a body: which one is said first is the screen's to decide.
+        outcomes = ["too_few_slices" if outcome == "hu_implausible" else outcome for outcome in outcomes]
+    assert sorted(outcomes) == OUTCOMES[name]
+    for result in results:
+        # What is written says nothing about where it came from.
+        text = str(result.values())
+        assert not any(word in text for word in (name, "CRLM", "1.3.6.1", "1.2.840", str(root)))
+        if result.row is not None:
+            assert result.row.spacing_mm in {(5.0, 0.79688, 0.79688), (2.0, 0.97656, 0.97656)}
+            assert result.row.manufacturer in {"GE", "Siemens"}
