@@ -32,9 +32,8 @@ def export_list(source: Path | str, out: Path | str) -> int:
         inventory.list_files()
         with Bar() as progress:
             inventory.read_headers(progress.looked)
-        found = list(inventory.sources())
-    entries = list(written(root, found, lambda one: described.of(one.name, *one.files)))
-    refused = sum(one.problem is not None for one in found)
+        entries = list(written(root, inventory.sources(), lambda one: described.of(one.name, *one.files)))
+        refused = sum(one.problem is not None for one in inventory.sources())
     left_out = 0
     if is_nnssl:
         entries, left_out = _for_nnssl(path, entries)
@@ -45,6 +44,8 @@ def export_list(source: Path | str, out: Path | str) -> int:
     out_lines.print(f"{path}: {images} images listed by their paths; {refused} inputs refused by headers or labels")
     if left_out:
         out_lines.print(f"left out: {left_out} files or folders of formats that nnssl does not read")
+    if is_nnssl and len({_suffix(entry) for entry in entries}) > 1:
+        out_lines.print("the images are of several formats: nnssl's authors advise one format for all")
     if not is_nnssl:
         out_lines.print(f"next: mim-scale data build {path} STORE")
     return 0
@@ -54,7 +55,7 @@ def _for_nnssl(path: Path, entries: list[Written]) -> tuple[list[Written], int]:
     from data_pipeline.sources.descriptions.nnssl import write_nnssl
 
     images = [entry for entry in entries if entry.role == "image"]
-    kept = [entry for entry in images if entry.path.name.lower().endswith(_FOR_NNSSL)]
+    kept = [entry for entry in images if _suffix(entry)]
     if not kept:
         raise SourceError(f"{path}: nnssl reads .nii .nii.gz .nrrd and .mha files, and the source holds none of them")
     # nnssl needs a subject for every image: who is not known is nobody else.
@@ -64,3 +65,8 @@ def _for_nnssl(path: Path, entries: list[Written]) -> tuple[list[Written], int]:
     ]
     write_nnssl(path, named)
     return kept, len(images) - len(kept)
+
+
+def _suffix(entry: Written) -> str:
+    """The one that nnssl knows; empty where it knows none."""
+    return next((suffix for suffix in _FOR_NNSSL if entry.path.name.lower().endswith(suffix)), "")
