@@ -107,7 +107,7 @@ def acquisition_of_dicom(header: Header) -> Acquisition:
         vocabulary.model(_text(header, "ManufacturerModelName")),
         vocabulary.kernel(_texts(header, "ConvolutionKernel")),
         round(thickness, 3) if 0 < thickness <= _MOST_THICKNESS_MM else 0.0,
-        round(kv) if _TUBE_KV[0] <= kv <= _TUBE_KV[1] else 0.0,
+        float(round(kv)) if _TUBE_KV[0] <= kv <= _TUBE_KV[1] else 0.0,
         tuple(sorted(name for name, applies in flags.items() if applies)),
     )
 

@@ -329,6 +329,12 @@ class BuildConfig(Section):
     executor: Literal["ray", "local"] = "ray"
     workers: Positive | None = None
     """Tasks at once; null takes every core."""
+    part: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None
+    """Do only part 3 of 16, written 3/16, and commit nothing; a build without it then commits the whole."""
+    key_file: str | None = None
+    """The secret behind all pseudonyms; null takes $MIM_SCALE_KEY_FILE, or the user's own, made at first use."""
+    hold_out: tuple[str, ...] = ()
+    """Stores, folders of images or fingerprint lists: what resembles a volume of theirs is kept out."""
 
 
 def _divide(size: Size3, by: Size3) -> Size3:

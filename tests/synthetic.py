@@ -9,8 +9,8 @@ from mim_scale.config import LevelConfig, PlanConfig
 from mim_scale.store.array_store import write_volume
 from mim_scale.store.dataset import Dataset, commit_dataset, volume_folder
 from mim_scale.store.geometry import Size3, Spacing3
-from mim_scale.store.manifest import QuarantineRow, Row
-from mim_scale.store.volume import AIR_HU, Volume, content_hash, volume_key
+from mim_scale.store.manifest import HU_EDGES, QuarantineRow, Row
+from mim_scale.store.volume import AIR_HU, Volume, content_hash, hu_histogram, volume_key, voxel_hash
 
 SMALL_SHAPES: tuple[Size3, ...] = ((40, 64, 56), (64, 64, 64), (70, 50, 66), (20, 72, 80))
 """Edges that are no multiple of a chunk, one that needs padding to a 48 box, one exact."""
@@ -47,16 +47,23 @@ def store_volume(path: Path, volume: Volume, subject: str = "subject-0") -> Row:
     return Row(
         key=key,
         subject=subject,
+        group=subject,
+        study="",
+        series="",
         content_hash=content,
+        voxel_hash=voxel_hash(volume),
         shape=volume.shape,
         spacing_mm=volume.spacing_mm,
         affine=tuple(volume.affine.ravel().tolist()),
         hu_min=int(volume.voxels.min()),
         hu_max=int(volume.voxels.max()),
         hu_mean=float(volume.voxels.mean()),
+        hu_histogram=hu_histogram(volume.voxels, HU_EDGES),
         bytes_raw=volume.voxels.nbytes,
         bytes_stored=bytes_stored,
+        bytes_source=volume.voxels.nbytes,
         source_format="nifti",
+        source_key=key[::-1],
     )
 
 
@@ -73,7 +80,7 @@ def make_dataset(
         store_volume(path, make_volume(shape, seed=seed * 1000 + index), subject)
         for index, (shape, subject) in enumerate(zip(shapes, names, strict=True))
     ]
-    commit_dataset(path, rows, quarantine, {"source": "synthetic", "seed": seed})
+    commit_dataset(path, sorted(rows, key=lambda row: row.key), quarantine, {"source": "synthetic", "seed": seed})
     return Dataset.open(path)
 
 

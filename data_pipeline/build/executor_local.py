@@ -28,12 +28,12 @@ class LocalExecutor:
 
     def run(self, work: Work, tasks: Iterable[Task]) -> Generator[TaskResult]:
         """One result for each task, in the order in which they end."""
-        waiting = deque(tasks)
+        waiting = _Waiting(tasks)
         deaths: Counter[str] = Counter()
         alone: deque[Task] = deque()
         while waiting or alone:
             # Nobody can tell which task of a broken pool killed its worker: those that ran then run alone from now on.
-            batch, workers = (deque([alone.popleft()]), 1) if alone else (waiting, self._workers)
+            batch, workers = (_Waiting([alone.popleft()]), 1) if alone else (waiting, self._workers)
             suspects: list[Task] = []
             yield from self._run_pool(work, batch, workers, suspects)
             for task in suspects:
@@ -43,7 +43,7 @@ class LocalExecutor:
                 else:
                     alone.append(task)
 
-    def _run_pool(self, work: Work, waiting: deque[Task], workers: int, suspects: list[Task]) -> Iterator[TaskResult]:
+    def _run_pool(self, work: Work, waiting: "_Waiting", workers: int, suspects: list[Task]) -> Iterator[TaskResult]:
         """Run until nothing waits or the pool breaks; what ran when it broke is put into suspects."""
         # spawn: the parent has threads, and a forked copy of their locks can hang.
         spawn = multiprocessing.get_context("spawn")
@@ -51,8 +51,8 @@ class LocalExecutor:
         running: dict[Future[TaskResult], Task] = {}
         try:
             while waiting or running:
-                while waiting and len(running) < workers and self._fits(running.values(), waiting[0]):
-                    task = waiting.popleft()
+                while waiting and len(running) < workers and self._fits(running.values(), waiting.first):
+                    task = waiting.take()
                     running[pool.submit(work, task)] = task
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     task = running.pop(future)
@@ -72,6 +72,28 @@ class LocalExecutor:
     def _fits(self, running: Iterable[Task], task: Task) -> bool:
         needed = [other.memory_bytes for other in running]
         return not needed or sum(needed) + task.memory_bytes <= self._memory_bytes
+
+
+class _Waiting:
+    """Tasks that wait, of which only the next one is in memory."""
+
+    def __init__(self, tasks: Iterable[Task]) -> None:
+        self._tasks = iter(tasks)
+        self._next = next(self._tasks, None)
+
+    def __bool__(self) -> bool:
+        return self._next is not None
+
+    @property
+    def first(self) -> Task:
+        """The next one, which stays."""
+        assert self._next is not None
+        return self._next
+
+    def take(self) -> Task:
+        """The next one, which goes."""
+        task, self._next = self.first, next(self._tasks, None)
+        return task
 
 
 def _end_with_parent() -> None:

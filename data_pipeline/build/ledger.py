@@ -1,6 +1,7 @@
 """What earlier builds finished, so that the next one does not do it again: STORE/build/, removable at any time.
 
 One line is added, and made durable, for each finished task. A line torn by a kill is passed over: its task runs again.
+In memory there is one number a task, where its line begins.
 """
 
 import fcntl
@@ -9,46 +10,59 @@ import os
 import shutil
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, Self
 
-from data_pipeline.build.task import TaskResult
+from data_pipeline.build.task import Task, TaskResult
+from data_pipeline.reasons import PASSING
 from mim_scale.commit import TEMPORARY, write_file
 from mim_scale.errors import StoreError
 from mim_scale.store.dataset import VOLUMES, volume_folder
 
 FOLDER = "build"
-_LEDGER = "ledger.jsonl"
+_LEDGER = "ledger"
 _FINISHED = "finished.json"
+_WAIVERS = "waivers.json"
 _LOCK = "lock"
 
 
 @contextmanager
-def builder_lock(store: Path) -> Iterator[None]:
-    """Be the only builder of a store; the system lets go of the lock when the process ends, however it ends.
+def builder_lock(store: Path, part: str = "") -> Iterator[None]:
+    """Be the only builder of a store, or the only one of its part; the system lets go when the process ends.
+
+    Args:
+        part: builders of different parts may work side by side, and not beside a builder of the whole.
 
     Raises:
         StoreError: another process is building it, or the folder cannot be written.
     """
+    with ExitStack() as stack:
+        if part:
+            _hold(stack, store, _LOCK, fcntl.LOCK_SH)
+            _hold(stack, store, f"{_LOCK}-{part}", fcntl.LOCK_EX)
+        else:
+            _hold(stack, store, _LOCK, fcntl.LOCK_EX)
+        yield
+
+
+def _hold(stack: ExitStack, store: Path, name: str, kind: int) -> None:
     try:
         (store / FOLDER).mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(store / FOLDER / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        descriptor = os.open(store / FOLDER / name, os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
         raise StoreError(
             f"{store}: cannot be written ({error.strerror}); choose another folder for the store"
         ) from None
+    stack.callback(os.close, descriptor)
     try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip() or "an unknown process"
-            raise StoreError(f"{store}: {holder} is building it; wait for it or end it") from None
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+    except OSError:
+        holder = os.pread(descriptor, 200, 0).decode("utf-8", "replace").strip() or "an unknown process"
+        raise StoreError(f"{store}: {holder} is building it; wait for it or end it") from None
+    if kind == fcntl.LOCK_EX or not os.pread(descriptor, 1, 0):
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def is_begun(store: Path) -> bool:
@@ -66,43 +80,126 @@ def write_finished(store: Path, values: dict[str, Any]) -> None:
     write_file(store / FOLDER / _FINISHED, json.dumps(values).encode())
 
 
-def read_ledger(store: Path) -> dict[str, TaskResult]:
-    """Results of finished tasks, by task key."""
-    try:
-        lines = (store / FOLDER / _LEDGER).read_bytes().splitlines()
-    except FileNotFoundError:
-        return {}
-    results = {}
-    for line in lines:
-        try:
-            result = TaskResult.from_values(json.loads(line))
-        except (ValueError, KeyError, TypeError, IndexError):
-            continue
-        results[result.key] = result
-    return results
+def forget_finished(store: Path) -> None:
+    """Have the next build look at every task again."""
+    (store / FOLDER / _FINISHED).unlink(missing_ok=True)
 
 
-@contextmanager
-def open_ledger(store: Path) -> Iterator["Ledger"]:
-    """The ledger, open for adding."""
-    with open(store / FOLDER / _LEDGER, "a+b") as file:
-        # A torn last line must not swallow the next one.
-        if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
-            file.write(b"\n")
-        yield Ledger(file)
+def read_waivers(store: Path) -> dict[str, str] | None:
+    """Reasons that the user lets pass, by source key; None where nothing was ever waived here."""
+    return _read_json(store / FOLDER / _WAIVERS)
+
+
+def write_waivers(store: Path, waivers: dict[str, str]) -> None:
+    """Note what the user lets pass; the next build goes by it."""
+    (store / FOLDER).mkdir(exist_ok=True)
+    write_file(store / FOLDER / _WAIVERS, json.dumps(waivers, indent=1, sort_keys=True).encode())
 
 
 class Ledger:
-    """Adds finished tasks, each durable before the next."""
+    """Results of finished tasks. Adds to the file of its part, reads those of all parts.
 
-    def __init__(self, file: Any) -> None:
-        self._file = file
+    Args:
+        store: the store's folder; it need not exist to read an empty ledger.
+        part: names the file that is added to; "" is that of whole builds.
+    """
+
+    def __init__(self, store: Path, part: str = "") -> None:
+        self._folder = store / FOLDER
+        self._path = self._folder / f"{_LEDGER}{'-' if part else ''}{part}.jsonl"
+        self._files: list[IO[bytes]] = []
+        self._places: dict[bytes, tuple[int, int]] = {}
+        self._adding: IO[bytes] | None = None
+        self._read()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (*self._files, *([self._adding] if self._adding else [])):
+            file.close()
+
+    def result(self, task: Task) -> TaskResult | None:
+        """The result of an equal task, where it still holds."""
+        place = self._places.get(bytes.fromhex(task.key[:32]))
+        result = self._read_at(place) if place is not None else None
+        return result if result is not None and result.key == task.key and result.holds_for(task.min_slices) else None
+
+    def at(self, task_key: bytes) -> TaskResult:
+        """The result of a task that is known to have ended, by the first 16 bytes of its key.
+
+        Raises:
+            StoreError: the ledger has changed under the build.
+        """
+        result = self._read_at(self._places[task_key])
+        if result is None:
+            raise StoreError(f"{self._path}: was changed while the build ran; run the same build again")
+        return result
 
     def add(self, result: TaskResult) -> None:
-        """Note one finished task."""
-        self._file.write(json.dumps(result.values()).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Note one finished task, durable before the next."""
+        if self._adding is None:
+            self._adding = _open_for_adding(self._path)
+            self._files.append(open(self._path, "rb"))  # noqa: SIM115  # closed by __exit__
+        start = self._adding.tell()
+        self._adding.write(json.dumps(result.values()).encode() + b"\n")
+        self._adding.flush()
+        os.fsync(self._adding.fileno())
+        self._places[bytes.fromhex(result.key[:32])] = (len(self._files) - 1, start)
+
+    def forget(self, source_keys: set[str]) -> int:
+        """Let the next build try these sources again; how many of them were known comes back."""
+        known = {place: result for place in self._places.values() if (result := self._read_at(place)) is not None}
+        found = {result.source_key for result in known.values()} & source_keys
+        with _open_for_adding(self._path) as file:
+            for source_key in sorted(found):
+                file.write(json.dumps({"forget": source_key}).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return len(found)
+
+    def _read(self) -> None:
+        keys_of: dict[str, list[bytes]] = {}
+        for path in sorted(self._folder.glob(f"{_LEDGER}*.jsonl")):
+            file = open(path, "rb")  # noqa: SIM115  # closed by __exit__
+            self._files.append(file)
+            start = 0
+            for line in file:
+                self._note(line, (len(self._files) - 1, start), keys_of)
+                start += len(line)
+
+    def _note(self, line: bytes, place: tuple[int, int], keys_of: dict[str, list[bytes]]) -> None:
+        try:
+            values = json.loads(line)
+            if "forget" in values:
+                for key in keys_of.pop(values["forget"], []):
+                    self._places.pop(key, None)
+                return
+            result = TaskResult.from_values(values)
+            key = bytes.fromhex(result.key[:32])
+        except (ValueError, KeyError, TypeError, IndexError):
+            return
+        if result.rejected is None or result.rejected[0] not in PASSING:
+            keys_of.setdefault(result.source_key, []).append(key)
+            self._places[key] = place
+
+    def _read_at(self, place: tuple[int, int]) -> TaskResult | None:
+        number, start = place
+        file = self._files[number]
+        file.seek(start)
+        try:
+            return TaskResult.from_values(json.loads(file.readline()))
+        except (ValueError, KeyError, TypeError, IndexError):
+            return None
+
+
+def _open_for_adding(path: Path) -> IO[bytes]:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = open(path, "a+b")  # noqa: SIM115  # closed by whoever asked for it
+    # A torn last line must not swallow the next one.
+    if file.tell() and os.pread(file.fileno(), 1, file.tell() - 1) != b"\n":
+        file.write(b"\n")
+    return file
 
 
 def remove_leftovers(store: Path) -> None:

@@ -2,61 +2,92 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
 from data_pipeline.build.executor import Work, make_executor
 from data_pipeline.build.ledger import (
+    Ledger,
     builder_lock,
     is_begun,
-    open_ledger,
     read_finished,
-    read_ledger,
+    read_waivers,
     remove_leftovers,
     remove_volumes_but,
     stored_keys,
     write_finished,
 )
-from data_pipeline.build.plan import PIPELINE_VERSION, make_tasks, settings, tree_digest
-from data_pipeline.build.task import Task, TaskResult, build_volume
-from data_pipeline.reasons import PASSING, Reason
-from data_pipeline.sources.find import find_files, find_sources
-from data_pipeline.subjects import TABLE, listed_subject, pseudonym, read_subjects
+from data_pipeline.build.plan import Estimate, estimate, make_tasks, part_of, settings
+from data_pipeline.build.tables import Tables, collect
+from data_pipeline.build.task import Task, build_volume
+from data_pipeline.deidentify import PseudonymKey
+from data_pipeline.pseudonym_key import load_key
+from data_pipeline.sources.inventory import Inventory, kept_headers
+from data_pipeline.subjects import TABLE
+from mim_scale.commit import sha256_values
 from mim_scale.config import BuildConfig
 from mim_scale.errors import DamagedError, SourceError, StoreError
 from mim_scale.store.array_store import folder_bytes
-from mim_scale.store.dataset import MANIFEST, RECORD, VOLUMES, Dataset, commit_dataset, read_record, volume_folder
-from mim_scale.store.manifest import QuarantineRow, Row
+from mim_scale.store.dataset import (
+    MANIFEST,
+    QUARANTINE,
+    RECORD,
+    VOLUMES,
+    Dataset,
+    commit_dataset,
+    read_record,
+    read_table,
+    table_path,
+    volume_folder,
+)
+from mim_scale.store.manifest import QuarantineRow, Row, iter_rows, read_quarantine
 
 
 @dataclass(frozen=True)
 class Outcome:
     """What a build made."""
 
+    store: Path
     num_sources: int
-    rows: tuple[Row, ...]
-    quarantine: tuple[QuarantineRow, ...]
+    num_volumes: int
+    num_subjects: int
+    num_quarantined: int
     num_ignored: int
+    reasons: Counter[str]
+    """Quarantined sources by reason."""
+    bytes_raw: int
+    bytes_stored: int
     fingerprint: str
-    was_complete: bool
+    """Empty where nothing was committed: a part of a build."""
+    was_complete: bool = False
     """Whether nothing had to be done."""
     notes: tuple[str, ...] = ()
     """What the user should know beside the numbers, a line each."""
 
+    @cached_property
+    def _dataset(self) -> Dataset:
+        return Dataset.open(self.store)
+
     @property
-    def reasons(self) -> Counter[str]:
-        """Quarantined sources by reason."""
-        return Counter(row.reason for row in self.quarantine)
+    def rows(self) -> tuple[Row, ...]:
+        """The manifest, read from the store."""
+        return self._dataset.rows
+
+    @property
+    def quarantine(self) -> tuple[QuarantineRow, ...]:
+        """The refused inputs, read from the store."""
+        return self._dataset.quarantine
 
 
 class Progress(Protocol):
     """Hears how far a build is."""
 
     def looked(self, done: int, total: int) -> None:
-        """So many files were looked at."""
+        """So many headers were read."""
 
     def began(self, done: int, total: int) -> None:
         """So many tasks are done already, of so many."""
@@ -78,132 +109,264 @@ class Silent:
         """Nothing."""
 
 
+@dataclass
+class _Before:
+    """What stood in the store before this build."""
+
+    record: dict[str, Any] | None = None
+    keys: frozenset[str] = frozenset()
+    source_keys: frozenset[str] = frozenset()
+    is_damaged: bool = False
+
+
+@dataclass
+class _Build:
+    """What the steps of one build share."""
+
+    config: BuildConfig
+    pseudonyms: PseudonymKey
+    inventory: Inventory
+    waivers: dict[str, str]
+    before: _Before
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def store(self) -> Path:
+        return Path(self.config.store)
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """(this one, of so many)."""
+        if self.config.part is None:
+            return None
+        one, many = map(int, self.config.part.split("/"))
+        return one, many
+
+    def tasks(self) -> Iterator[Task]:
+        """Every task of the whole build, in the sources' order."""
+        return make_tasks(self.inventory, self.config, self.pseudonyms, self.waivers)
+
+    def own_tasks(self) -> Iterator[Task]:
+        """Those of this part."""
+        part = self.part
+        return (task for task in self.tasks() if part is None or part_of(task, part[1]) == part[0])
+
+    def settings(self) -> dict[str, Any]:
+        """What the record says that the build was asked for."""
+        asked = settings(self.config, self.pseudonyms.check)
+        return asked | {"min_slices": self.config.min_slices, "waivers": self.waivers}
+
+
 def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume) -> Outcome:
     """Build a store, or go on with one.
 
     Raises:
+        ConfigError: the key cannot be used.
         SourceError: the source is missing, holds no image, or nothing in it can be stored.
-        StoreError: the store's folder holds something else, belongs to another build, or cannot be written.
+        StoreError: the store's folder holds something else, or cannot be written.
     """
     root, store = Path(config.source), Path(config.store)
-    files = find_files(root)
-    _refuse_overlap(root, store)
-    _refuse_foreign(store, config)
-    last, is_damaged = _last_build(store)
-    digest = tree_digest(root, files, config)
-    finished = _finished_outcome(store, last, digest)
-    if finished is not None:
-        return finished
-    tree = find_sources(root, progress.looked)
-    subjects = read_subjects(root)
-    tasks = make_tasks(root, tree.sources, config)
-    with builder_lock(store):
+    with Inventory(root, kept_headers(root)) as inventory:
+        tree = inventory.list_files()
+        _refuse_overlap(root, store)
+        _refuse_foreign(store)
+        before = _standing(store)
+        build = _Build(config, load_key(_path(config.key_file)), inventory, _waivers(store, before), before)
+        digest = sha256_values([tree, build.settings()])
+        finished = _finished_outcome(store, before, digest)
+        if finished is not None:
+            return finished
+        inventory.read_headers(progress.looked, config.workers or 1)
+        with builder_lock(store, "-of-".join(map(str, build.part or ()))):
+            return _do(build, digest, progress, work)
+
+
+def plan_build(config: BuildConfig, progress: Progress) -> Estimate:
+    """What `run_build` would have to do; nothing is written.
+
+    Raises:
+        SourceError: the source is missing or holds no image.
+        StoreError: the store's folder holds something else.
+    """
+    root, store = Path(config.source), Path(config.store)
+    with Inventory(root, kept_headers(root)) as inventory, Ledger(store) as ledger:
+        inventory.list_files()
+        _refuse_overlap(root, store)
+        _refuse_foreign(store)
+        before = _standing(store)
+        inventory.read_headers(progress.looked, config.workers or 1)
+        build = _Build(config, load_key(_path(config.key_file)), inventory, _waivers(store, before), before)
+        return estimate(build.tasks(), config, ledger)
+
+
+def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
+    store, inventory = build.store, build.inventory
+    if build.part is None:
+        # Beside builders of other parts, what looks left over may be theirs.
         remove_leftovers(store)
-        _make_volumes_folder(store)
-        before = {row.key for row in last.rows} if last is not None else stored_keys(store) if is_damaged else set()
-        results = _run_tasks(config, tasks, progress, work)
-        rows, quarantine = _tables(tasks, results, subjects)
-        _refuse_nothing(root, quarantine, rows)
-        _refuse_other_source(store, before, rows)
-        fingerprint = commit_dataset(store, rows, quarantine, settings(config))
-        may_pass = any(row.reason in PASSING for row in quarantine)
-        if not may_pass:
+    _make_volumes_folder(store)
+    part = "-of-".join(map(str, build.part or ()))
+    with Ledger(store, part) as ledger:
+        reasons = _run_tasks(build, ledger, progress, work)
+        if build.part is not None:
+            return _part_outcome(build, ledger, reasons)
+        tables = collect(build.tasks(), ledger)
+        keys = {kept.key for kept in tables.kept}
+        _refuse_nothing(inventory.root, tables)
+        _refuse_other_source(build, keys)
+        fingerprint = commit_dataset(store, tables.rows(), tables.quarantine(), build.settings(), tables.fingerprints())
+        if not tables.may_pass:
             # What could not be read this time may be back the next: until then its volume stays where it is.
-            remove_volumes_but(store, {row.key for row in rows})
-            write_finished(store, {"tree": digest, "fingerprint": fingerprint, "ignored": tree.num_ignored})
-        notes = (*_notes(last, is_damaged, rows, may_pass), *_unknown_subjects(rows))
-        return Outcome(len(tasks), rows, quarantine, tree.num_ignored, fingerprint, False, notes)
+            remove_volumes_but(store, keys)
+            write_finished(store, {"tree": digest, "fingerprint": fingerprint, "ignored": inventory.num_ignored})
+        return Outcome(
+            store,
+            inventory.num_sources,
+            len(keys),
+            len(tables.subjects),
+            len(tables.refused),
+            inventory.num_ignored,
+            tables.reasons,
+            tables.bytes_raw,
+            tables.bytes_stored,
+            fingerprint,
+            notes=(*_notes(build, tables, keys), *inventory.notes),
+        )
 
 
-def _run_tasks(config: BuildConfig, tasks: list[Task], progress: Progress, work: Work) -> dict[str, TaskResult]:
-    """The result of every task by its key, from the ledger where it still holds."""
-    store = Path(config.store)
-    known = read_ledger(store)
-    results = {
-        task.key: known[task.key] for task in tasks if task.key in known and _is_whole(store, known[task.key].row)
-    }
-    to_do = [task for task in tasks if task.key not in results]
-    progress.began(len(results), len(tasks))
-    if not to_do:
-        return results
-    with open_ledger(store) as ledger, closing(make_executor(config).run(work, to_do)) as ended:
-        for result in ended:
-            if result.rejected is None or result.rejected[0] not in PASSING:
-                ledger.add(result)
-            results[result.key] = result
-            progress.advanced()
-    return results
-
-
-def _is_whole(store: Path, row: Row | None) -> bool:
-    """Whether a volume has as many bytes on disk as were committed: what can be seen without reading it."""
-    return row is None or folder_bytes(volume_folder(store, row.key)) == row.bytes_stored
-
-
-def _tables(
-    tasks: Iterable[Task], results: dict[str, TaskResult], subjects: dict[str, str]
-) -> tuple[tuple[Row, ...], tuple[QuarantineRow, ...]]:
-    """Manifest and quarantine in the sources' order: of equal volumes the same one is kept, whoever ended first."""
-    rows: dict[str, Row] = {}
-    quarantine = []
-    for task in tasks:
-        result = results[task.key]
-        if result.row is None:
-            quarantine.append(result.quarantine_row(task.source))
-        elif result.row.content_hash in rows:
-            detail = f"equal to volume {result.row.key}, voxel for voxel"
-            quarantine.append(QuarantineRow(task.source.key, task.source.format, Reason.DUPLICATE, detail))
+def _run_tasks(build: _Build, ledger: Ledger, progress: Progress, work: Work) -> Counter[str]:
+    """Do what is not done; reasons of what was refused in this run come back."""
+    num_done = num_tasks = 0
+    to_do: set[bytes] = set()
+    for task in build.own_tasks():
+        num_tasks += 1
+        if _is_done(build.store, ledger, task):
+            num_done += 1
         else:
-            subject = listed_subject(subjects, (task.source.name, *task.source.files)) or result.row.subject
-            rows[result.row.content_hash] = replace(result.row, subject=subject)
-    return tuple(rows.values()), tuple(quarantine)
+            to_do.add(bytes.fromhex(task.key[:32]))
+    progress.began(num_done, num_tasks)
+    reasons: Counter[str] = Counter()
+    if not to_do:
+        return reasons
+    tasks = (task for task in build.own_tasks() if bytes.fromhex(task.key[:32]) in to_do)
+    with closing(make_executor(build.config).run(work, tasks)) as ended:
+        for result in ended:
+            ledger.add(result)
+            if result.rejected is not None:
+                reasons[result.rejected[0]] += 1
+            progress.advanced()
+    return reasons
 
 
-def _last_build(store: Path) -> tuple[Dataset | None, bool]:
+def _is_done(store: Path, ledger: Ledger, task: Task) -> bool:
+    result = ledger.result(task)
+    return result is not None and (result.row is None or is_whole(store, result.row))
+
+
+def is_whole(store: Path, row: Row) -> bool:
+    """Whether a volume has as many bytes on disk as were committed: what can be seen without reading it."""
+    return folder_bytes(volume_folder(store, row.key)) == row.bytes_stored
+
+
+def _part_outcome(build: _Build, ledger: Ledger, reasons: Counter[str]) -> Outcome:
+    results = [result for task in build.own_tasks() if (result := ledger.result(task)) is not None]
+    rows = [result.row for result in results if result.row is not None]
+    return Outcome(
+        build.store,
+        len(results),
+        len(rows),
+        len({row.subject for row in rows}),
+        len(results) - len(rows),
+        build.inventory.num_ignored,
+        reasons,
+        sum(row.bytes_raw for row in rows),
+        sum(row.bytes_stored for row in rows),
+        "",
+        notes=(
+            f"part {build.config.part} is done; once all parts are, the same build without --part commits the store",
+            *build.inventory.notes,
+        ),
+    )
+
+
+def _standing(store: Path) -> _Before:
     """The dataset that stands there, and whether its record or a table of it is damaged."""
     if not (store / RECORD).exists():
-        return None, False
+        return _Before()
     try:
-        dataset = Dataset.open(store)
-        dataset.quarantine  # noqa: B018  # read here, so that damage shows here
+        record = read_record(store)
+        pairs = [(row.key, row.source_key) for row in iter_rows(table_path(store, record, MANIFEST))]
     except DamagedError:
-        return None, True
-    return dataset, False
+        return _Before(keys=frozenset(stored_keys(store)), is_damaged=True)
+    return _Before(record, frozenset(key for key, _ in pairs), frozenset(source for _, source in pairs))
 
 
-def _notes(last: Dataset | None, is_damaged: bool, rows: tuple[Row, ...], may_pass: bool) -> tuple[str, ...]:
-    if is_damaged:
-        return ("the record of the last build was damaged: it was written anew",)
-    if last is None:
-        return ()
-    notes = []
-    if last.record["build_config"].get("pipeline_version") != PIPELINE_VERSION:
-        notes.append("the last build was made by an older program: every volume was built again")
-    num_dropped = len({row.key for row in last.rows} - {row.key for row in rows})
-    if num_dropped and may_pass:
-        notes.append(f"{num_dropped} volumes of the last build are left out until their sources can be read again")
-    elif num_dropped:
-        notes.append(f"{num_dropped} volumes of the last build are no longer in the source: removed")
-    return tuple(notes)
+def _waivers(store: Path, before: _Before) -> dict[str, str]:
+    """What the user lets pass, also after the builder's own notes were removed."""
+    noted = read_waivers(store)
+    if noted is not None:
+        return noted
+    return dict(before.record["build_config"].get("waivers", {})) if before.record else {}
 
 
-def _unknown_subjects(rows: tuple[Row, ...]) -> tuple[str, ...]:
-    """A warning: two files of one patient that nothing ties together can end on two sides of a split."""
-    unknown = sum(row.subject == pseudonym("volume", row.content_hash) for row in rows)
-    if not unknown:
-        return ()
-    return (f"{unknown} volumes name no patient: each counts as its own subject; {TABLE} in the source says more",)
+def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
+    before = build.before
+    if before.is_damaged:
+        yield "the record of the last build was damaged: it was written anew"
+    elif before.record is not None:
+        now = build.settings()
+        last = before.record["build_config"]
+        changed = [name for name in now if last.get(name) != now[name] and name != "waivers"]
+        if changed:
+            shown = ", ".join(f"{name} {json.dumps(last.get(name))} -> {json.dumps(now[name])}" for name in changed)
+            yield f"settings differ from the last build ({shown}): what they touch was built again"
+        num_dropped = len(before.keys - keys)
+        if num_dropped and tables.may_pass:
+            yield f"{num_dropped} volumes of the last build are left out until their sources can be read again"
+        elif num_dropped and not changed:
+            yield f"{num_dropped} volumes of the last build are no longer in the source: removed"
+    if tables.num_unknown_subjects:
+        yield (
+            f"{tables.num_unknown_subjects} volumes name no patient: each counts as its own subject; "
+            f"{TABLE} in the source says more"
+        )
+    if tables.groups:
+        yield (f"{len(tables.groups)} volumes have copies under another subject: they stay on one side of a split")
 
 
-def _finished_outcome(store: Path, dataset: Dataset | None, digest: str) -> Outcome | None:
+def _finished_outcome(store: Path, before: _Before, digest: str) -> Outcome | None:
     """The outcome of the last build, where nothing has changed since and everything is in place."""
     noted = read_finished(store)
-    if noted is None or dataset is None or noted.get("tree") != digest:
+    if noted is None or before.record is None or noted.get("tree") != digest:
         return None
-    if noted.get("fingerprint") != dataset.fingerprint or not all(_is_whole(store, row) for row in dataset.rows):
+    if noted.get("fingerprint") != before.record["fingerprint"]:
         return None
-    num_sources = len(dataset.rows) + len(dataset.quarantine)
-    return Outcome(num_sources, dataset.rows, dataset.quarantine, int(noted["ignored"]), dataset.fingerprint, True)
+    raw = stored = 0
+    for row in iter_rows(table_path(store, before.record, MANIFEST)):
+        if not is_whole(store, row):
+            return None
+        raw, stored = raw + row.bytes_raw, stored + row.bytes_stored
+    try:
+        quarantine = read_table(store, before.record, QUARANTINE, read_quarantine)
+    except DamagedError:
+        return None
+    return Outcome(
+        store,
+        before.record["num_volumes"] + len(quarantine),
+        before.record["num_volumes"],
+        before.record["num_subjects"],
+        len(quarantine),
+        int(noted["ignored"]),
+        Counter(row.reason for row in quarantine),
+        raw,
+        stored,
+        str(before.record["fingerprint"]),
+        was_complete=True,
+    )
+
+
+def _path(text: str | None) -> Path | None:
+    return Path(text) if text is not None else None
 
 
 def _refuse_overlap(root: Path, store: Path) -> None:
@@ -214,40 +377,23 @@ def _refuse_overlap(root: Path, store: Path) -> None:
         )
 
 
-def _refuse_foreign(store: Path, config: BuildConfig) -> None:
-    """A folder is written to only if it is new, empty, or a store of these settings."""
+def _refuse_foreign(store: Path) -> None:
+    """A folder is written to only if it is new, empty, or a store."""
     if not store.exists():
         return
     if not store.is_dir():
         raise StoreError(f"{store}: is a file, expected a folder for the store; choose another path")
-    has_record = (store / RECORD).is_file()
-    if has_record and (before := _settings_before(store)) is not None:
-        now = settings(config)
-        changed = [name for name in now if before.get(name) != now[name] and not _is_older(name, before)]
-        if changed:
-            shown = ", ".join(
-                f"{name} {json.dumps(before.get(name))} there and {json.dumps(now[name])} here" for name in changed
-            )
-            raise StoreError(
-                f"{store}: was built with other settings: {shown}; build into another folder, or delete this one"
-            )
-    elif not is_begun(store) and any(store.iterdir()) and not _has_our_names(store):
+    is_store = (store / RECORD).is_file() and not _is_damaged(store)
+    if not is_store and not is_begun(store) and any(store.iterdir()) and not _has_our_names(store):
         raise StoreError(f"{store}: exists and is no store; nothing was touched; choose another folder")
 
 
-def _is_older(name: str, before: dict[str, Any]) -> bool:
-    """Whether this is the pipeline's version and an older one: its results are built again, which is no refusal."""
-    version = before.get(name)
-    return name == "pipeline_version" and isinstance(version, int) and version < PIPELINE_VERSION
-
-
-def _settings_before(store: Path) -> dict[str, Any] | None:
-    """What the last build was asked for; None where its record is damaged."""
+def _is_damaged(store: Path) -> bool:
     try:
-        before = read_record(store)["build_config"]
+        read_record(store)
     except DamagedError:
-        return None
-    return before if isinstance(before, dict) else None
+        return True
+    return False
 
 
 def _has_our_names(store: Path) -> bool:
@@ -264,19 +410,21 @@ def _make_volumes_folder(store: Path) -> None:
         ) from None
 
 
-def _refuse_nothing(root: Path, quarantine: tuple[QuarantineRow, ...], rows: tuple[Row, ...]) -> None:
-    if not rows:
-        reasons = ", ".join(
-            f"{reason} {count}" for reason, count in Counter(row.reason for row in quarantine).most_common()
-        )
-        raise SourceError(f"{root}: none of {len(quarantine)} inputs can be stored: {reasons}")
+def _refuse_nothing(root: Path, tables: Tables) -> None:
+    if not tables.kept:
+        reasons = ", ".join(f"{reason} {count}" for reason, count in tables.reasons.most_common())
+        raise SourceError(f"{root}: none of {len(tables.refused)} inputs can be stored: {reasons}")
 
 
-def _refuse_other_source(store: Path, before: set[str], rows: tuple[Row, ...]) -> None:
-    """A store that would lose every volume it has was built from something else."""
-    if before and not before & {row.key for row in rows}:
-        remove_volumes_but(store, before)
-        raise StoreError(
-            f"{store}: holds {len(before)} volumes and none of them is in this source; build into another folder, "
-            "or delete this one"
-        )
+def _refuse_other_source(build: _Build, keys: set[str]) -> None:
+    """A store that would lose every volume it has, and knows none of the sources, was built from something else."""
+    before = build.before
+    if not before.keys or before.keys & keys:
+        return
+    if before.source_keys & {task.source_key for task in build.tasks()}:
+        return
+    remove_volumes_but(build.store, set(before.keys))
+    raise StoreError(
+        f"{build.store}: holds {len(before.keys)} volumes and none of them is in this source; build into another "
+        "folder, or delete this one"
+    )

@@ -3,24 +3,26 @@
 What comes back is a small record, never voxels. Running a task twice, or in two places at once, leaves the same store.
 """
 
-from dataclasses import asdict, dataclass
+import base64
+import resource
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipeline.canonical import canonical
+from data_pipeline.deidentify import Acquisition, Identity, PseudonymKey
 from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.screen import screen
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Source
-from data_pipeline.subjects import pseudonym
 from mim_scale.errors import StoreError
 from mim_scale.store.array_store import write_volume
 from mim_scale.store.dataset import volume_folder
 from mim_scale.store.geometry import Spacing3
-from mim_scale.store.manifest import QuarantineRow, Row
-from mim_scale.store.volume import Volume, content_hash, volume_key
+from mim_scale.store.manifest import HU_EDGES, Row
+from mim_scale.store.volume import Volume, content_hash, hu_histogram, volume_key, voxel_hash
 
 _DECIMALS = 5
 """Of spacing and affine in mm."""
@@ -32,40 +34,69 @@ class Task:
 
     key: str
     """Digest of the source's files and of the settings: equal key, equal result."""
-    root: str
+    root: str = field(repr=False)
     store: str
     source: Source
+    source_key: str
     spacing_mm: Spacing3 | None
     min_slices: int
+    pseudonyms: PseudonymKey
+    waived: tuple[str, ...]
+    """Reasons that the user lets pass for this source."""
     memory_bytes: int
     """What the task is expected to need at most."""
 
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What became of a task: a manifest row, or a reason and a detail."""
+    """What became of a task: a manifest row and a volume fingerprint, or a reason and a detail."""
 
     key: str
+    source_key: str
+    source_format: str
+    min_slices: int
+    """What was asked for when this was decided."""
+    cpu_s: float = 0.0
     row: Row | None = None
+    fingerprint: bytes = b""
     rejected: tuple[str, str] | None = None
-
-    def quarantine_row(self, source: Source) -> QuarantineRow:
-        """The row of a rejected source."""
-        reason, detail = self.rejected or ("", "")
-        return QuarantineRow(source.key, source.format, reason, detail)
 
     def values(self) -> dict[str, Any]:
         """As plain JSON values."""
-        return asdict(self)
+        row = asdict(self.row) if self.row is not None else None
+        return asdict(self) | {"row": row, "fingerprint": base64.b64encode(self.fingerprint).decode()}
 
     @classmethod
     def from_values(cls, values: dict[str, Any]) -> "TaskResult":
         """From what `values` gave; KeyError, TypeError or ValueError where it is something else."""
         row, rejected = values["row"], values["rejected"]
         if row is not None:
-            tuples = ("shape", "spacing_mm", "affine", "repairs")
+            tuples = ("shape", "spacing_mm", "affine", "hu_histogram", "flags", "repairs")
             row = Row(**row | {name: tuple(row[name]) for name in tuples})
-        return cls(str(values["key"]), row, (str(rejected[0]), str(rejected[1])) if rejected else None)
+        return cls(
+            **values
+            | {
+                "row": row,
+                "fingerprint": base64.b64decode(values["fingerprint"]),
+                "rejected": (str(rejected[0]), str(rejected[1])) if rejected else None,
+            }
+        )
+
+    def holds_for(self, min_slices: int) -> bool:
+        """Whether the same task would end alike if so many slices were asked for."""
+        if self.row is not None:
+            return min(self.row.shape) >= min_slices
+        is_about_slices = self.rejected is not None and self.rejected[0] == Reason.TOO_FEW_SLICES
+        return min_slices == self.min_slices or not is_about_slices
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    volume: Volume
+    repairs: tuple[str, ...]
+    flags: tuple[str, ...]
+    identity: Identity
+    acquisition: Acquisition
 
 
 def build_volume(task: Task) -> TaskResult:
@@ -74,29 +105,46 @@ def build_volume(task: Task) -> TaskResult:
     Raises:
         StoreError: the store cannot be written; the build cannot go on.
     """
+    before = _cpu_s()
     try:
-        volume, repairs, patient = _prepare(task)
+        prepared = _prepare(task)
     except Rejected as rejected:
-        return TaskResult(task.key, rejected=(rejected.reason, rejected.detail))
+        return _rejected(task, rejected, before)
     except MemoryError:
         return died(task, "the machine has too little free memory for it")
     except Exception as error:
         # A reader met an input that nobody foresaw: that input is set aside, the others go on.
-        failed = reading_failed(error, "reading it failed")
-        return TaskResult(task.key, rejected=(failed.reason, failed.detail))
-    return TaskResult(task.key, row=_write(task, volume, repairs, patient))
+        return _rejected(task, reading_failed(error, "reading it failed"), before)
+    row = _write(task, prepared)
+    fingerprint = b""
+    return TaskResult(
+        task.key, task.source_key, task.source.format, task.min_slices, _cpu_s() - before, row, fingerprint
+    )
 
 
 def died(task: Task, detail: str) -> TaskResult:
     """The result of a task whose worker did not survive it."""
-    return TaskResult(task.key, rejected=(Reason.WORKER_DIED, detail))
+    return TaskResult(
+        task.key, task.source_key, task.source.format, task.min_slices, rejected=(Reason.WORKER_DIED, detail)
+    )
 
 
-def _prepare(task: Task) -> tuple[Volume, tuple[str, ...], str | None]:
+def _rejected(task: Task, rejected: Rejected, before: float) -> TaskResult:
+    found = (str(rejected.reason), rejected.detail)
+    return TaskResult(task.key, task.source_key, task.source.format, task.min_slices, _cpu_s() - before, rejected=found)
+
+
+def _cpu_s() -> float:
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    return used.ru_utime + used.ru_stime
+
+
+def _prepare(task: Task) -> _Prepared:
     scan = read_source(Path(task.root), task.source)
     volume, repairs = canonical(scan, task.spacing_mm)
-    screen(volume.voxels, task.min_slices)
-    return _rounded(volume), repairs, pseudonym("patient", scan.patient) if scan.patient else None
+    flags = set(scan.acquisition.flags)
+    flags.update(screen(volume.voxels, task.min_slices, task.waived))
+    return _Prepared(_rounded(volume), repairs, tuple(sorted(flags)), scan.identity, scan.acquisition)
 
 
 def _rounded(volume: Volume) -> Volume:
@@ -105,7 +153,8 @@ def _rounded(volume: Volume) -> Volume:
     return Volume(volume.voxels, (z_mm, y_mm, x_mm), np.round(volume.affine, _DECIMALS) + 0.0)
 
 
-def _write(task: Task, volume: Volume, repairs: tuple[str, ...], patient: str | None) -> Row:
+def _write(task: Task, prepared: _Prepared) -> Row:
+    volume = prepared.volume
     content = content_hash(volume)
     key = volume_key(content)
     folder = volume_folder(Path(task.store), key)
@@ -115,18 +164,37 @@ def _write(task: Task, volume: Volume, repairs: tuple[str, ...], patient: str | 
     except OSError as error:
         raise StoreError(f"{task.store}: cannot be written ({error.strerror or error}); make room, run again") from None
     voxels = volume.voxels
+    patient = _pseudonym(task, "patient", prepared.identity.patient)
+    subject = patient or task.pseudonyms.pseudonym("volume", content)
     return Row(
         key=key,
-        subject=patient or pseudonym("volume", content),
+        subject=subject,
+        group=subject,
+        study=_pseudonym(task, "study", prepared.identity.study),
+        series=_pseudonym(task, "series", prepared.identity.series),
         content_hash=content,
+        voxel_hash=voxel_hash(volume),
         shape=volume.shape,
         spacing_mm=volume.spacing_mm,
         affine=tuple(float(number) for number in volume.affine.ravel()),
         hu_min=int(voxels.min()),
         hu_max=int(voxels.max()),
         hu_mean=float(voxels.sum(dtype=np.int64)) / voxels.size,
+        hu_histogram=hu_histogram(voxels, HU_EDGES),
         bytes_raw=voxels.nbytes,
         bytes_stored=stored,
+        bytes_source=task.source.num_bytes,
         source_format=task.source.format,
-        repairs=repairs,
+        source_key=task.source_key,
+        manufacturer=prepared.acquisition.manufacturer,
+        model=prepared.acquisition.model,
+        kernel=prepared.acquisition.kernel,
+        slice_thickness_mm=prepared.acquisition.slice_thickness_mm,
+        tube_kv=prepared.acquisition.tube_kv,
+        flags=prepared.flags,
+        repairs=prepared.repairs,
     )
+
+
+def _pseudonym(task: Task, kind: str, name: str) -> str:
+    return task.pseudonyms.pseudonym(kind, name) if name else ""

@@ -1,7 +1,12 @@
 """`mim-scale data build`: a store from a source folder, or go on with one."""
 
+from typing import TYPE_CHECKING
+
 from data_pipeline.commands.console import Bar, console, reasons_table, shown_bytes, table
 from mim_scale.config import BuildConfig
+
+if TYPE_CHECKING:
+    from data_pipeline.build.run import Outcome
 
 
 def build(config: BuildConfig) -> int:
@@ -15,18 +20,31 @@ def build(config: BuildConfig) -> int:
 
     with Bar() as progress:
         outcome = run_build(config, progress)
-    volumes = outcome.rows
-    raw, stored = sum(row.bytes_raw for row in volumes), sum(row.bytes_stored for row in volumes)
+    if not outcome.fingerprint:
+        return _told_part(outcome)
     rows = table(f"store {config.store}", "what", "")
-    rows.add_row("inputs", f"{outcome.num_sources} = {len(volumes)} stored + {len(outcome.quarantine)} quarantined")
-    rows.add_row("subjects", str(len({row.subject for row in volumes})))
+    rows.add_row(
+        "inputs", f"{outcome.num_sources} = {outcome.num_volumes} stored + {outcome.num_quarantined} quarantined"
+    )
+    raw, stored = outcome.bytes_raw, outcome.bytes_stored
+    rows.add_row("subjects", str(outcome.num_subjects))
     rows.add_row("bytes", f"{shown_bytes(stored)} for {shown_bytes(raw)} of int16 voxels, ratio {raw / stored:.2f}")
     rows.add_row("fingerprint", outcome.fingerprint)
     out = console()
-    if outcome.quarantine:
+    if outcome.reasons:
         out.print(reasons_table("quarantined", outcome.reasons))
     out.print(rows)
     for note in outcome.notes:
         out.print(note)
     out.print("nothing to do: the store is complete" if outcome.was_complete else "the store is complete")
+    return 0
+
+
+def _told_part(outcome: "Outcome") -> int:
+    out = console()
+    if outcome.reasons:
+        out.print(reasons_table("quarantined in this run", outcome.reasons))
+    out.print(f"{outcome.num_sources} inputs = {outcome.num_volumes} volumes + {outcome.num_quarantined} refused")
+    for note in outcome.notes:
+        out.print(note)
     return 0

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,7 +52,6 @@ _SLICE = [
     *tags("BitsAllocated", "BitsStored", "PixelRepresentation", "PixelPaddingValue", "PixelPaddingRangeLimit"),
     *tags("RescaleSlope", "RescaleIntercept", "ModalityLUTSequence", "LossyImageCompression", "NumberOfFrames"),
     *tags("ImageType", "InstanceNumber", "SeriesInstanceUID", "SOPClassUID", "Modality"),
-    *tags(*(name for names in _PHASES.values() for name in names)),
     OVERLAY_BIT,
 ]
 _OVERLAP = 1.01
@@ -69,7 +68,6 @@ class _Plane:
     rescale: Rescale
     thickness_mm: float
     number: str
-    phases: tuple[str, ...]
 
 
 @dataclass
@@ -168,7 +166,6 @@ def _planes(path: Path, header: Any, start: int) -> list[_Plane]:
             rescale_of(frame, stored.is_signed),
             (numbers(frame, "SliceThickness", 1) or (0.0,))[0],
             text(frame, "InstanceNumber"),
-            tuple(next(filter(None, (text(frame, name) for name in names)), "") for names in _PHASES.values()),
         )
         for index, frame in enumerate(frames)
     ]
@@ -237,10 +234,17 @@ def _plural(noun: str, count: int) -> str:
     return noun if count == 1 else {"copy": "copies"}.get(noun, f"{noun}s")
 
 
-def _phases(planes: Iterable[_Plane]) -> str:
+def _phases(planes: Sequence[_Plane]) -> str:
     """What slices at one position differ by, such as ": 2 acquisitions, 10 cardiac phases"."""
-    counts = [len(set(values)) for values in zip(*(plane.phases for plane in planes), strict=True)]
-    shown = [f"{count} {label}" for label, count in zip(_PHASES, counts, strict=True) if count > 1]
+    frames: list[Any] = []
+    for path in dict.fromkeys(plane.stored.path for plane in planes):
+        with open(path, "rb") as file:
+            frames += frame_headers(read_header(file)[0])
+    shown = []
+    for label, names in _PHASES.items():
+        count = len({next(filter(None, (text(frame, name) for name in names)), "") for frame in frames})
+        if count > 1:
+            shown.append(f"{count} {label}")
     return f": {', '.join(shown)}" if shown else ""
 
 

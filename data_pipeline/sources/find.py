@@ -1,19 +1,24 @@
-"""Walk a source folder: every file becomes part of a source, or is counted as ignored; nothing vanishes in silence."""
+"""Walk a source folder, and say of each file what it is, from its name and its header; nothing vanishes in silence."""
 
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from data_pipeline.reasons import PASSING, Reason, Rejected, reading_failed
-from data_pipeline.sources.dicom_series import group_series, is_dicom
+from data_pipeline.reasons import Reason, Rejected, reading_failed
+from data_pipeline.sources.archives import is_archive
+from data_pipeline.sources.dicom_series import header_facts, is_dicom
 from data_pipeline.sources.itk import detached_files
 from data_pipeline.sources.itk import header_size as itk_size
 from data_pipeline.sources.nifti import header_size as nifti_size
-from data_pipeline.sources.source import Format, Source
+from data_pipeline.sources.source import Format
 from mim_scale.errors import SourceError
+
+FACTS_VERSION = 3
+"""Raised whenever the same file would give other facts: kept ones then count no more."""
 
 _FORMATS: tuple[tuple[str, Format], ...] = (
     (".nii", "nifti"),
@@ -30,18 +35,20 @@ _NO_IMAGE_SUFFIXES = frozenset(
 _NO_IMAGE_NAMES = frozenset({"dicomdir", "license", "licence", "readme", "changelog", "version", "notice", "makefile"})
 
 
-@dataclass(frozen=True)
-class Tree:
-    """What a source folder holds."""
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One file as listed."""
 
-    sources: tuple[Source, ...]
-    """Sorted by name."""
-    num_ignored: int
-    """Files that are no images by their name: tables, texts, DICOMDIR."""
+    path: str
+    """Relative to the source folder, with / on every system."""
+    size: int
+    """Bytes; -1 for what is no file."""
+    version: str
+    """Changes when the content does: the time of the last change, or what an object store says."""
 
 
-def find_files(root: Path) -> list[str]:
-    """Every visible file below a folder, relative, sorted; folders that are links are entered once.
+def list_files(root: Path) -> Iterator[Entry]:
+    """Every file below a folder; folders that are links are entered once.
 
     Raises:
         SourceError: the folder is missing, or one below it cannot be read.
@@ -49,10 +56,6 @@ def find_files(root: Path) -> list[str]:
     if not root.is_dir():
         state = "is a file" if root.exists() else "does not exist"
         raise SourceError(f"{root}: {state}; give the folder that holds the scans")
-    return sorted(_walk(root))
-
-
-def _walk(root: Path) -> Iterator[str]:
     seen: set[str] = set()
     for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(folder)
@@ -60,11 +63,37 @@ def _walk(root: Path) -> Iterator[str]:
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        folders.sort()
         relative = PurePosixPath(os.path.relpath(folder, root).replace(os.sep, "/"))
         for name in names:
-            if not name.startswith("."):
-                yield str(relative / name)
+            yield _entry(root, str(relative / name))
+
+
+def read_facts(root: Path, file: str) -> dict[str, Any]:
+    """What a file is, as plain JSON values: its kind (ignored, volume, dicom, unknown) and what its header says."""
+    if _is_no_image(file):
+        return {"kind": "ignored"}
+    path = root / file
+    problem = _no_file(path)
+    if problem is not None:
+        return {"kind": "unknown", "problem": (Reason.UNREADABLE, problem)}
+    kind = _format(file)
+    if kind is not None:
+        return _volume_facts(root, file, kind)
+    refusal = _probe(path)
+    if refusal is not None:
+        return {"kind": "unknown", "problem": refusal}
+    facts = header_facts(path)
+    return {"kind": "dicom", "group": facts.group, "dicom": facts.values(), "problem": facts.problem}
+
+
+def _entry(root: Path, file: str) -> Entry:
+    """Size and time of a file; -1 where it is out of reach."""
+    try:
+        found = (root / file).stat()
+    except OSError:
+        return Entry(file, -1, "")
+    return Entry(file, found.st_size, str(found.st_mtime_ns))
 
 
 def _refuse_folder(error: OSError) -> None:
@@ -74,57 +103,18 @@ def _refuse_folder(error: OSError) -> None:
     ) from None
 
 
-def find_sources(root: Path, progress: Callable[[int, int], None] | None = None) -> Tree:
-    """Read the headers below a folder and say what is there.
-
-    Args:
-        root: folder tree with .nii .nii.gz .nrrd .nhdr .mha .mhd files and DICOM files of any name.
-        progress: called with (files looked at, files).
-
-    Raises:
-        SourceError: the folder is missing, something below it is out of reach, or nothing in it is an image.
-    """
-    files = find_files(root)
-    no_files = {file: problem for file in files if not _is_no_image(file) and (problem := _no_file(root / file))}
-    formats = {file: _format(file) for file in files}
-    sources = [
-        Source(file, formats[file] or "unknown", (file,), problem=(Reason.UNREADABLE, problem))
-        for file, problem in no_files.items()
-    ]
-    sources += [_volume_file(root, file, kind) for file, kind in formats.items() if kind and file not in no_files]
-    owned = {file for source in sources for file in source.files}
-    rest = [file for file in files if file not in owned]
-    ignored = [file for file in rest if _is_no_image(file)]
-    dicom: list[str] = []
-    to_probe = sorted(set(rest) - set(ignored))
-    for count, file in enumerate(to_probe, start=1):
-        if progress is not None:
-            progress(count, len(to_probe))
-        refusal = _probe(root / file)
-        if refusal is None:
-            dicom.append(file)
-        else:
-            sources.append(Source(file, "unknown", (file,), problem=refusal))
-    sources += group_series(root, dicom)
-    if all(source.format == "unknown" and not _may_pass(source) for source in sources):
-        raise SourceError(
-            f"{root}: no image among {len(files)} files; expected .nii .nii.gz .nrrd .nhdr .mha .mhd or DICOM files"
-        )
-    return Tree(tuple(sorted(sources, key=lambda source: source.name)), len(ignored))
-
-
 def _format(file: str) -> Format | None:
     lower = file.lower()
     return next((kind for suffix, kind in _FORMATS if lower.endswith(suffix)), None)
 
 
-def _volume_file(root: Path, file: str, kind: Format) -> Source:
+def _volume_facts(root: Path, file: str, kind: Format) -> dict[str, Any]:
     try:
         count, voxel_mm3 = nifti_size(root / file) if kind == "nifti" else itk_size(root / file)
     except (Rejected, RuntimeError):
         count, voxel_mm3 = 0, 0.0  # reading it will say what is wrong
     extra = detached_files(root, file) if kind != "nifti" else ()
-    return Source(file, kind, (file, *extra), count, voxel_mm3=voxel_mm3)
+    return {"kind": "volume", "format": kind, "num_voxels": count, "voxel_mm3": voxel_mm3, "extra": list(extra)}
 
 
 def _no_file(path: Path) -> str | None:
@@ -138,13 +128,13 @@ def _no_file(path: Path) -> str | None:
     return None if stat.S_ISREG(mode) else "a pipe, a socket or a device, no file"
 
 
-def _may_pass(source: Source) -> bool:
-    return source.problem is not None and source.problem[0] in PASSING
-
-
 def _is_no_image(file: str) -> bool:
     name = PurePosixPath(file.lower())
-    return name.suffix in _NO_IMAGE_SUFFIXES or name.name in _NO_IMAGE_NAMES
+    return (
+        any(part.startswith(".") for part in name.parts)
+        or name.suffix in _NO_IMAGE_SUFFIXES
+        or name.name in _NO_IMAGE_NAMES
+    )
 
 
 def _probe(path: Path) -> tuple[Reason, str] | None:
@@ -152,7 +142,11 @@ def _probe(path: Path) -> tuple[Reason, str] | None:
     try:
         if path.stat().st_size == 0:
             return Reason.UNREADABLE, "the file is empty"
-        return None if is_dicom(path) else (Reason.UNREADABLE, "neither DICOM nor a volume file by its name")
+        if is_dicom(path):
+            return None
+        if is_archive(path):
+            return Reason.ARCHIVE, "an archive or a compressed file: unpack it into the source folder"
+        return Reason.UNREADABLE, "neither DICOM nor a volume file by its name"
     except OSError as error:
         failed = reading_failed(error, "the file cannot be opened")
         return failed.reason, failed.detail

@@ -3,6 +3,7 @@
 Everything follows from shape, spacing and affine, so a reader compares what it finds with what must be there.
 """
 
+import json
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from mim_scale.store.geometry import Size3, Spacing3, level_geometry, size3
 from mim_scale.store.volume import FORBIDDEN_HU
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of FORMAT.md; a store of another version is refused."""
 
 NUM_LEVELS = 3
@@ -94,6 +95,11 @@ def group_metadata(shape: Size3, spacing_mm: Spacing3, affine: Sequence[float]) 
         "node_type": "group",
         "attributes": {"ome": {"version": "0.5", "multiscales": [multiscale]}, "mim_scale": own},
     }
+
+
+def metadata_bytes(values: dict[str, Any]) -> bytes:
+    """A zarr.json as it lies on disk, byte for byte."""
+    return (json.dumps(values, indent=1) + "\n").encode()
 
 
 def direction(affine: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -27,6 +27,7 @@ from mim_scale.store.array_format import (
     NUM_LEVELS,
     array_metadata,
     group_metadata,
+    metadata_bytes,
     shard_shape,
 )
 from mim_scale.store.geometry import Box, Size3, blocks, level_geometry, num_voxels, size3, whole_box
@@ -50,7 +51,7 @@ def write_volume(folder: Path, volume: Volume) -> int:
     try:
         temporary.mkdir(parents=True)
         metadata = group_metadata(volume.shape, volume.spacing_mm, volume.affine.ravel().tolist())
-        _write_json(temporary / METADATA, metadata)
+        (temporary / METADATA).write_bytes(metadata_bytes(metadata))
         for level, voxels in enumerate(pyramid(volume)):
             _write_level(temporary / str(level), voxels)
         publish_folder(temporary, folder)
@@ -248,7 +249,7 @@ def _open(folder: Path) -> Any:
 def _write_level(folder: Path, voxels: NDArray[np.int16]) -> None:
     shape = size3(voxels.shape)
     folder.mkdir()
-    _write_json(folder / METADATA, array_metadata(shape))
+    (folder / METADATA).write_bytes(metadata_bytes(array_metadata(shape)))
     array = _open(folder)
     for _, shard in blocks(whole_box(shape), shard_shape(shape)):
         # One transaction a shard: the file is encoded and written once.
@@ -265,10 +266,6 @@ def _cause(error: Exception) -> str:
     """Why a file could not be written, in the system's words where the array library passes them on."""
     known = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     return next((words for words in map(os.strerror, known) if words in str(error)), _reason(error))
-
-
-def _write_json(path: Path, values: dict[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
 
 
 def _reason(error: Exception) -> str:

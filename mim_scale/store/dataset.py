@@ -9,7 +9,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,17 +19,20 @@ from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store.array_format import FORMAT_VERSION
 from mim_scale.store.array_store import VolumeReader
 from mim_scale.store.manifest import (
+    FingerprintRow,
     QuarantineRow,
     Row,
-    quarantine_bytes,
     read_quarantine,
     read_rows,
-    rows_bytes,
+    write_fingerprints,
+    write_quarantine,
+    write_rows,
 )
 
 RECORD = "dataset.json"
 MANIFEST = "manifest.parquet"
 QUARANTINE = "quarantine.parquet"
+FINGERPRINTS = "fingerprints.parquet"
 VOLUMES = "volumes"
 PENDING = ".next"
 """A table whose record is being written stands beside the old one with this suffix; readers go by the record's hash."""
@@ -47,58 +50,105 @@ def volume_folder(path: Path, key: str) -> Path:
 
 
 def fingerprint(rows: Iterable[Row]) -> str:
-    """SHA-256, as hex, over format version and sorted (key, content hash, subject): equal data, equal fingerprint.
+    """SHA-256, as hex, over format version and sorted (key, content hash, group): equal data, equal fingerprint.
 
-    The subject counts because the split goes by it, and with the split the order.
+    The group counts because the split goes by it, and with the split the order.
     """
-    digest = hashlib.sha256(f"mim-scale dataset {FORMAT_VERSION}\n".encode())
-    for key, content, subject in sorted((row.key, row.content_hash, row.subject) for row in rows):
-        digest.update(f"{key} {content} {subject}\n".encode())
-    return digest.hexdigest()
+    digest = _new_digest()
+    for row in sorted(rows, key=lambda row: row.key):
+        _add_to_digest(digest, row)
+    return str(digest.hexdigest())
+
+
+def _new_digest() -> Any:
+    return hashlib.sha256(f"mim-scale dataset {FORMAT_VERSION}\n".encode())
+
+
+def _add_to_digest(digest: Any, row: Row) -> None:
+    digest.update(f"{row.key} {row.content_hash} {row.group}\n".encode())
 
 
 def commit_dataset(
-    path: Path, rows: Iterable[Row], quarantine: Iterable[QuarantineRow], build_config_values: dict[str, Any]
+    path: Path,
+    rows: Iterable[Row],
+    quarantine: Iterable[QuarantineRow],
+    build_config_values: dict[str, Any],
+    fingerprints: Iterable[FingerprintRow] = (),
 ) -> str:
     """Make the volumes below `path` a dataset, or replace the one that stands there.
 
+    Tables are written as rows come, so that memory does not grow with their number.
+
     Args:
         path: The dataset's folder; the volumes of all rows are in it already.
-        rows: One for each volume.
-        quarantine: One for each refused input.
+        rows: One for each volume, by key.
+        quarantine: One for each refused input, by source key.
         build_config_values: What the build was asked for; kept in the record with its digest.
+        fingerprints: One for each volume, by key.
 
     Returns:
         The dataset's fingerprint.
 
     Raises:
-        StoreError: no rows, or two of the same key.
+        StoreError: no rows, or rows that are not in the order of their keys, each once.
     """
-    rows, quarantine = tuple(rows), tuple(quarantine)
-    keys = [row.key for row in rows]
-    if not rows:
-        raise StoreError(f"{path}: nothing to commit: no volume was stored ({len(quarantine)} inputs refused)")
-    if len(set(keys)) != len(keys):
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise StoreError(f"{path}: two manifest rows have the key {twice}; store equal volumes once")
-    tables = {MANIFEST: rows_bytes(rows), QUARANTINE: quarantine_bytes(quarantine)}
+    tables = (MANIFEST, QUARANTINE, FINGERPRINTS)
+    _settle(path, tables)
+    count = _Counted(path)
+    write_rows(path / (MANIFEST + PENDING), count.volumes(rows))
+    write_quarantine(path / (QUARANTINE + PENDING), count.refused(quarantine))
+    write_fingerprints(path / (FINGERPRINTS + PENDING), fingerprints)
     record = {
         "format": "mim-scale dataset",
         "format_version": FORMAT_VERSION,
-        "fingerprint": fingerprint(rows),
-        **_counts(rows),
-        "num_quarantined": len(quarantine),
-        "files": {name: hashlib.sha256(data).hexdigest() for name, data in tables.items()},
+        "fingerprint": count.digest.hexdigest(),
+        "num_volumes": count.num_volumes,
+        "num_subjects": len(count.subjects),
+        "num_quarantined": count.num_quarantined,
+        "files": {name: sha256_file(path / (name + PENDING)) for name in tables},
         "build_config": build_config_values,
         "build_config_digest": sha256_values(build_config_values),
     }
-    _settle(path, tuple(tables))
-    for name, data in tables.items():
-        write_file(path / (name + PENDING), data)
-    write_file(path / RECORD, (json.dumps(record, indent=1, sort_keys=True) + "\n").encode())
+    if not count.num_volumes:
+        raise StoreError(f"{path}: nothing to commit: no volume was stored ({count.num_quarantined} inputs refused)")
+    write_file(path / RECORD, record_bytes(record))
     # From here on the new dataset stands: until these names are in place, readers find the tables by their hash.
-    _settle(path, tuple(tables))
+    _settle(path, tables)
     return str(record["fingerprint"])
+
+
+def record_bytes(record: dict[str, Any]) -> bytes:
+    """A commit record as it lies on disk."""
+    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
+
+
+class _Counted:
+    """What a record says of rows, gathered as they pass by."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.digest = _new_digest()
+        self.num_volumes = 0
+        self.num_quarantined = 0
+        self.subjects: set[str] = set()
+
+    def volumes(self, rows: Iterable[Row]) -> Iterator[Row]:
+        last = ""
+        for row in rows:
+            if row.key == last:
+                raise StoreError(f"{self._path}: two manifest rows have the key {last}; store equal volumes once")
+            if row.key < last:
+                raise StoreError(f"{self._path}: rows come by key: {row.key} after {last}")
+            last = row.key
+            self.num_volumes += 1
+            self.subjects.add(row.subject)
+            _add_to_digest(self.digest, row)
+            yield row
+
+    def refused(self, rows: Iterable[QuarantineRow]) -> Iterator[QuarantineRow]:
+        for row in rows:
+            self.num_quarantined += 1
+            yield row
 
 
 def _settle(path: Path, names: tuple[str, ...]) -> None:
@@ -215,7 +265,7 @@ def read_record(path: Path) -> dict[str, Any]:
     version = record.get("format_version")
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build the store again with it"
+            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build into another folder"
         )
     missing = [key for key in _RECORD_KEYS if key not in record]
     if missing:
@@ -229,11 +279,20 @@ def read_table(path: Path, record: dict[str, Any], name: str, read: Callable[[Pa
     Raises:
         DamagedError: neither the file nor the one that stands beside it during a commit has the record's hash.
     """
+    return read(table_path(path, record, name))
+
+
+def table_path(path: Path, record: dict[str, Any], name: str) -> Path:
+    """The file of the table that the record names.
+
+    Raises:
+        DamagedError: neither the file nor the one that stands beside it during a commit has the record's hash.
+    """
     files = record["files"]
     expected = files.get(name) if isinstance(files, dict) else None
     for file in (path / name, path / (name + PENDING)):
         if file.is_file() and sha256_file(file) == expected:
-            return read(file)
+            return file
     state = "does not have the hash that the record names" if (path / name).is_file() else "is missing"
     raise DamagedError(f"{path}: {name} {state}; build the store again")
 

@@ -4,29 +4,37 @@ Rows carry numbers and hashes only: no file names, no patient names, no dates.
 """
 
 import hashlib
-import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_scale.commit import write_file
+from mim_scale.commit import new_file
 from mim_scale.errors import ConfigError, DamagedError
 from mim_scale.store.geometry import Size3, Spacing3, size3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One stored volume."""
 
     key: str
     """Name of its folder in volumes/, without .zarr: first 16 hex digits of content_hash."""
     subject: str
-    """Pseudonym of the person; all volumes of one person stay on one side of a split."""
+    """Pseudonym of the person."""
+    group: str
+    """Subjects that share a near-duplicate are one group; all volumes of a group stay on one side of a split."""
+    study: str
+    """Pseudonym of the DICOM study; empty where there is none."""
+    series: str
+    """Pseudonym of the DICOM series; empty where there is none."""
     content_hash: str
+    voxel_hash: str
+    """SHA-256 over shape and voxels alone: equal for copies of other spacing or place."""
     shape: Size3
     spacing_mm: Spacing3
     affine: tuple[float, ...]
@@ -34,64 +42,116 @@ class Row:
     hu_min: int
     hu_max: int
     hu_mean: float
+    hu_histogram: tuple[int, ...]
+    """Voxels in each bin of HU_EDGES."""
     bytes_raw: int
     bytes_stored: int
+    bytes_source: int
+    """Of the source's files as they were found."""
     source_format: str
-    """nifti, nrrd, mha or dicom."""
+    """nifti, nrrd, mha, dicom or ome_zarr."""
+    source_key: str
+    """Pseudonym of the source's path relative to the source folder."""
+    manufacturer: str = ""
+    model: str = ""
+    kernel: str = ""
+    slice_thickness_mm: float = 0.0
+    """Nominal, by the header; the distance of slices is in spacing_mm. 0 where it is not known."""
+    tube_kv: float = 0.0
+    flags: tuple[str, ...] = ()
+    """What a user should know, as codes: face_likely, burned_in_text_possible, lossy_source, ..."""
     repairs: tuple[str, ...] = ()
     """What was changed on the way in, as codes: reoriented, rescaled, padding_mapped, resampled, ..."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class QuarantineRow:
     """One input that was refused."""
 
     source_key: str
-    """First 16 hex digits of the SHA-256 of the input's path relative to the source folder."""
+    """Pseudonym of the input's path relative to the source folder."""
     source_format: str
     reason: str
     detail: str
     """One line, without file names."""
 
 
+@dataclass(frozen=True, slots=True)
+class FingerprintRow:
+    """What tells copies of a volume, without its image: this table alone is a list of volumes to hold out."""
+
+    key: str
+    subject: str
+    series: str
+    content_hash: str
+    voxel_hash: str
+    fingerprint: bytes
+    """Of data_pipeline; empty where none was made."""
+
+
+HU_EDGES = tuple(range(-1024, 3073, 64))
+"""Edges of the bins of Row.hu_histogram; values outside count in the first or the last."""
+
 _ROWS = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
         pa.field("subject", pa.string(), nullable=False),
+        pa.field("group", pa.string(), nullable=False),
+        pa.field("study", pa.string(), nullable=False),
+        pa.field("series", pa.string(), nullable=False),
         pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("voxel_hash", pa.string(), nullable=False),
         pa.field("shape", pa.list_(pa.int64()), nullable=False),
         pa.field("spacing_mm", pa.list_(pa.float64()), nullable=False),
         pa.field("affine", pa.list_(pa.float64()), nullable=False),
         pa.field("hu_min", pa.int32(), nullable=False),
         pa.field("hu_max", pa.int32(), nullable=False),
         pa.field("hu_mean", pa.float64(), nullable=False),
+        pa.field("hu_histogram", pa.list_(pa.int64()), nullable=False),
         pa.field("bytes_raw", pa.int64(), nullable=False),
         pa.field("bytes_stored", pa.int64(), nullable=False),
+        pa.field("bytes_source", pa.int64(), nullable=False),
         pa.field("source_format", pa.string(), nullable=False),
+        pa.field("source_key", pa.string(), nullable=False),
+        pa.field("manufacturer", pa.string(), nullable=False),
+        pa.field("model", pa.string(), nullable=False),
+        pa.field("kernel", pa.string(), nullable=False),
+        pa.field("slice_thickness_mm", pa.float64(), nullable=False),
+        pa.field("tube_kv", pa.float64(), nullable=False),
+        pa.field("flags", pa.list_(pa.string()), nullable=False),
         pa.field("repairs", pa.list_(pa.string()), nullable=False),
     ]
 )
 _QUARANTINE = pa.schema([pa.field(field.name, pa.string(), nullable=False) for field in fields(QuarantineRow)])
 
 
+_FINGERPRINTS = pa.schema(
+    [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("subject", pa.string(), nullable=False),
+        pa.field("series", pa.string(), nullable=False),
+        pa.field("content_hash", pa.string(), nullable=False),
+        pa.field("voxel_hash", pa.string(), nullable=False),
+        pa.field("fingerprint", pa.binary(), nullable=False),
+    ]
+)
+_BATCH = 1024
+"""Rows in memory while a table is written or walked through."""
+
+
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Replace the file by these rows, sorted by key."""
-    write_file(path, rows_bytes(rows))
+    """Replace the file by these rows, in the order in which they come: by key."""
+    _write(path, rows, _ROWS)
 
 
 def write_quarantine(path: Path, rows: Iterable[QuarantineRow]) -> None:
-    """Replace the file by these rows, sorted by source_key."""
-    write_file(path, quarantine_bytes(rows))
+    """Replace the file by these rows, in the order in which they come: by source_key."""
+    _write(path, rows, _QUARANTINE)
 
 
-def rows_bytes(rows: Iterable[Row]) -> bytes:
-    """The rows as the bytes of a Parquet file."""
-    return _parquet(sorted(rows, key=lambda row: row.key), _ROWS)
-
-
-def quarantine_bytes(rows: Iterable[QuarantineRow]) -> bytes:
-    """The refused inputs as the bytes of a Parquet file."""
-    return _parquet(sorted(rows, key=lambda row: (row.source_key, row.reason)), _QUARANTINE)
+def write_fingerprints(path: Path, rows: Iterable[FingerprintRow]) -> None:
+    """Replace the file by these rows, in the order in which they come: by key."""
+    _write(path, rows, _FINGERPRINTS)
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
@@ -100,7 +160,27 @@ def read_rows(path: Path) -> tuple[Row, ...]:
     Raises:
         DamagedError: the file is missing or is no manifest.
     """
-    return tuple(_row(values) for values in _read(path, _ROWS))
+    return tuple(iter_rows(path))
+
+
+def iter_rows(path: Path) -> Iterator[Row]:
+    """The rows of a manifest, sorted by key, a few in memory at a time.
+
+    Raises:
+        DamagedError: the file is missing or is no manifest.
+    """
+    for values in _iterate(path, _ROWS):
+        yield _row(values)
+
+
+def iter_fingerprints(path: Path) -> Iterator[FingerprintRow]:
+    """The volume fingerprints, sorted by key, a few in memory at a time.
+
+    Raises:
+        DamagedError: the file is missing or is no such table.
+    """
+    for values in _iterate(path, _FINGERPRINTS):
+        yield FingerprintRow(**values)
 
 
 def read_quarantine(path: Path) -> tuple[QuarantineRow, ...]:
@@ -109,50 +189,52 @@ def read_quarantine(path: Path) -> tuple[QuarantineRow, ...]:
     Raises:
         DamagedError: the file is missing or is no quarantine table.
     """
-    return tuple(QuarantineRow(**values) for values in _read(path, _QUARANTINE))
+    return tuple(QuarantineRow(**values) for values in _iterate(path, _QUARANTINE))
 
 
 def split_subjects(rows: Sequence[Row], seed: int, held_out_subjects: int) -> tuple[tuple[Row, ...], tuple[Row, ...]]:
-    """(training rows, held-out rows): no person is on both sides, whatever the order of the rows.
+    """(training rows, held-out rows): no person is on both sides, nor two near-copies, whatever the order of rows.
 
-    A subject's rank depends on the seed and its own name alone, so a growing dataset moves few subjects across.
+    Subjects that share a near-duplicate count as one. A group's rank depends on the seed and its own name alone, so a
+    growing dataset moves few subjects across.
 
     Raises:
         ConfigError: nothing is left to train on.
     """
-    subjects = sorted({row.subject for row in rows}, key=lambda subject: (_rank(seed, subject), subject))
-    if held_out_subjects >= len(subjects):
+    groups = sorted({row.group for row in rows}, key=lambda group: (_rank(seed, group), group))
+    if held_out_subjects >= len(groups):
         raise ConfigError(
-            f"data.held_out_subjects is {held_out_subjects}, but the store holds volumes of {len(subjects)} subjects: "
+            f"data.held_out_subjects is {held_out_subjects}, but the store holds volumes of {len(groups)} subjects: "
             "nothing is left to train on; lower it or add data"
         )
-    held_out = set(subjects[:held_out_subjects])
+    held_out = set(groups[:held_out_subjects])
     return (
-        tuple(row for row in rows if row.subject not in held_out),
-        tuple(row for row in rows if row.subject in held_out),
+        tuple(row for row in rows if row.group not in held_out),
+        tuple(row for row in rows if row.group in held_out),
     )
 
 
-def _rank(seed: int, subject: str) -> str:
-    return hashlib.sha256(f"{seed}\n{subject}".encode()).hexdigest()
+def _rank(seed: int, group: str) -> str:
+    return hashlib.sha256(f"{seed}\n{group}".encode()).hexdigest()
 
 
-def _parquet(rows: Sequence[Row] | Sequence[QuarantineRow], schema: pa.Schema) -> bytes:
-    table = pa.Table.from_pylist([asdict(row) for row in rows], schema=schema)
-    sink = io.BytesIO()
-    pq.write_table(table, sink, compression="zstd")
-    return sink.getvalue()
+def _write(path: Path, rows: Iterable[Any], schema: pa.Schema) -> None:
+    waiting = iter(rows)
+    with new_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
+        while batch := list(islice(waiting, _BATCH)):
+            writer.write_table(pa.Table.from_pylist([asdict(row) for row in batch], schema=schema))
 
 
-def _read(path: Path, schema: pa.Schema) -> list[dict[str, Any]]:
+def _iterate(path: Path, schema: pa.Schema) -> Iterator[dict[str, Any]]:
     try:
-        table = pq.ParquetFile(path).read()
+        with pq.ParquetFile(path) as table:
+            if not table.schema_arrow.equals(schema):
+                found = table.schema_arrow.names
+                raise DamagedError(f"{path}: has columns {found}, expected {schema.names}; build the store again")
+            for batch in table.iter_batches(_BATCH):
+                yield from batch.to_pylist()
     except (OSError, pa.ArrowException) as error:
         raise DamagedError(f"{path}: not readable as Parquet ({_one_line(error)}); build the store again") from None
-    if not table.schema.equals(schema):
-        raise DamagedError(f"{path}: has columns {table.schema.names}, expected {schema.names}; build the store again")
-    values: list[dict[str, Any]] = table.to_pylist()
-    return values
 
 
 def _row(values: dict[str, Any]) -> Row:
@@ -162,8 +244,7 @@ def _row(values: dict[str, Any]) -> Row:
         | {
             "shape": size3(values["shape"]),
             "spacing_mm": (z, y, x),
-            "affine": tuple(values["affine"]),
-            "repairs": tuple(values["repairs"]),
+            **{name: tuple(values[name]) for name in ("affine", "hu_histogram", "flags", "repairs")},
         }
     )
 

@@ -5,6 +5,7 @@ tilt in the affine; it is never resampled away.
 """
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -62,15 +63,35 @@ def check_volume(volume: Volume) -> None:
         raise StoreError(f"a volume holds {FORBIDDEN_HU}, which marks voxels never written: map it to {AIR_HU}")
 
 
-def content_hash(volume: Volume) -> str:
-    """SHA-256, as hex, over shape, spacing, affine (rounded to 1e-5) and voxels; the same on any machine."""
-    digest = hashlib.sha256(b"mim-scale volume 1\n")
+def content_hash(volume: Volume, voxels: str | None = None) -> str:
+    """SHA-256, as hex, over shape, spacing, affine (rounded to 1e-5) and voxel_hash; the same on any machine.
+
+    Args:
+        voxels: The volume's voxel_hash, where it is known already: the voxels are then not read again.
+    """
+    digest = hashlib.sha256(b"mim-scale volume 2\n")
     digest.update(np.asarray(volume.shape, "<i8").tobytes())
     numbers = np.concatenate([np.asarray(volume.spacing_mm), volume.affine.ravel()])
     # Adding 0 turns -0.0 into 0.0, which is equal but has other bytes.
     digest.update((np.round(numbers, _AFFINE_DECIMALS) + 0.0).astype("<f8").tobytes())
+    digest.update(bytes.fromhex(voxel_hash(volume) if voxels is None else voxels))
+    return digest.hexdigest()
+
+
+def voxel_hash(volume: Volume) -> str:
+    """SHA-256, as hex, over shape and voxels alone: equal for copies that tell another spacing or place."""
+    digest = hashlib.sha256(b"mim-scale voxels 1\n")
+    digest.update(np.asarray(volume.shape, "<i8").tobytes())
     digest.update(np.ascontiguousarray(volume.voxels, "<i2").data)
     return digest.hexdigest()
+
+
+def hu_histogram(voxels: NDArray[np.int16], edges: Sequence[int]) -> tuple[int, ...]:
+    """Voxels in each bin between edges of equal distance; values outside count in the first or the last bin."""
+    width = edges[1] - edges[0]
+    counts = np.bincount((voxels.ravel().astype(np.int32) + 32768).astype(np.uint16), minlength=65536)
+    bins = np.clip((np.arange(65536) - 32768 - edges[0]) // width, 0, len(edges) - 2)
+    return tuple(int(count) for count in np.bincount(bins, weights=counts, minlength=len(edges) - 1))
 
 
 def volume_key(content: str) -> str:

@@ -15,7 +15,7 @@ from pydicom.dataset import FileMetaDataset
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, generate_uid
 
 from data_pipeline.build.task import Task, TaskResult, build_volume
-from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.source import Source
 from mim_scale.config import BuildConfig
 from mim_scale.store.geometry import Size3

@@ -1,6 +1,7 @@
 """The store's conventions, as properties: how a file lays out its axes never changes the volume."""
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -106,3 +107,82 @@ def test_screen_wants_air_and_something_dense(low_high: tuple[int, int]) -> None
         screen(voxels, 16)
     voxels[1], voxels[2] = -200, 100
     screen(voxels, 16)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    axes=st.sampled_from(PERMUTATIONS),
+    flips=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    dtype=st.sampled_from(
+        ["int8", "uint8", "int16", ">i2", "uint16", "int32", "int64", "float16", "float32", ">f4", "f8"]
+    ),
+    fraction=st.sampled_from([0.0, 0.25, 0.5]),
+    low=st.sampled_from([-30_000, -1025, -1024, -1000]),
+)
+def test_slabs_give_what_whole_arrays_would(
+    axes: tuple[int, ...], flips: tuple[bool, ...], dtype: str, fraction: float, low: int
+) -> None:
+    values = phantom().astype(np.float64) + fraction
+    values[2, 3, 4] = low
+    kind = np.dtype(dtype)
+    if kind.kind != "f":
+        values = np.clip(values, *(np.iinfo(kind).min, np.iinfo(kind).max))
+    volume = make_volume(values.shape)
+    scan = _relaid(Volume(values.astype(kind), volume.spacing_mm, volume.affine), axes, flips)  # type: ignore[arg-type]
+    result, repairs = canonical(scan)
+    stored = values.astype(kind).astype(np.float64)
+    np.testing.assert_array_equal(result.voxels, np.maximum(np.rint(stored), AIR_HU).astype(np.int16))
+    assert result.voxels.flags.c_contiguous
+    assert ("rounded" in repairs) == bool((stored != np.rint(stored)).any())
+    assert ("padding_mapped" in repairs) == bool(stored.min() < AIR_HU)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("place", [(0, 0, 0), (9, 3, 2), (-1, -1, -1)])
+def test_voxels_that_are_no_numbers_are_found_wherever_they_lie(
+    dtype: str, value: float, place: tuple[int, int, int]
+) -> None:
+    voxels = phantom().astype(dtype)
+    voxels[place] = voxels[5, 5, 5] = value
+    for array in (voxels, np.asfortranarray(voxels)):
+        with pytest.raises(Rejected, match="non_finite: 2 voxels are NaN or infinite"):
+            canonical(Scan(array.transpose(2, 1, 0), np.eye(4)))
+
+
+def test_a_volume_that_is_canonical_is_not_copied() -> None:
+    voxels = phantom()
+    assert np.shares_memory(canonical(Scan(voxels.transpose(2, 1, 0), np.eye(4)))[0].voxels, voxels)
+
+
+@pytest.mark.parametrize("dtype", ["int32", "float32", "float64"])
+def test_no_second_copy_of_the_voxels_is_made(dtype: str) -> None:
+    voxels = np.tile(phantom(shape=(16, 64, 64)), (4, 1, 1)).astype(dtype)
+    voxels[0] -= 3000
+    scan = Scan(voxels.transpose(2, 1, 0), np.eye(4))
+    canonical(scan)
+    tracemalloc.start()
+    canonical(scan)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < voxels.size * 2 + voxels.nbytes / 4
+
+
+def test_screen_finds_shifted_scales_behind_padding() -> None:
+    hu = np.tile(np.repeat([-1000, -80, 40, 60, 300], 8), (40, 40, 1)).astype(np.int16)
+    assert screen(hu, 16) == ()
+    stored = hu + np.int16(1024)
+    stored[:, :4] = AIR_HU
+    with pytest.raises(Rejected, match="an intercept of -1024 was not applied"):
+        screen(stored, 16)
+    noise = np.random.default_rng(0).integers(-30, 30, hu.shape)
+    twice = hu.astype(np.int32) + noise - 1024
+    with pytest.raises(Rejected, match="an intercept was applied twice"):
+        canonical(Scan(twice.transpose(2, 1, 0), np.eye(4)))
+
+
+def test_values_cut_by_a_window_are_flagged() -> None:
+    hu = phantom().astype(np.int16)
+    hu[hu == hu.max()] -= 1
+    assert "clipped_hu" not in screen(hu, 16)
+    assert "clipped_hu" in screen(np.minimum(hu, 150), 16)

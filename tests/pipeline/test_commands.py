@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_pipeline.scan import scan
+from data_pipeline.commands.scan import scan
 
-from data_pipeline.build import build
+from data_pipeline.commands.build import build
 from data_pipeline.commands.stats import stats
 from data_pipeline.commands.verify import verify
 from mim_scale.cli import run

@@ -11,7 +11,7 @@ from data_pipeline.build.executor_local import LocalExecutor
 from data_pipeline.build.executor_ray import RayExecutor
 from data_pipeline.build.plan import make_tasks
 from data_pipeline.build.task import Task, TaskResult
-from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.inventory import find_sources
 from mim_scale.ray_cluster import ray_cluster
 from mim_scale.store.dataset import volume_folder
 from tests.pipeline.sources import build_or_die, config, phantom, write_image

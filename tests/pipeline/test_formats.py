@@ -10,7 +10,7 @@ import pytest
 import SimpleITK as sitk
 
 from data_pipeline.canonical import canonical
-from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from tests.pipeline.sources import (
     Series,

@@ -14,7 +14,7 @@ import SimpleITK as sitk
 from data_pipeline.canonical import canonical
 from data_pipeline.reasons import Reason, Rejected
 from data_pipeline.screen import screen
-from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from mim_scale.errors import SourceError
 from tests.pipeline.sources import Series, only_source, phantom, slice_position, with_tags, write_image, write_series

@@ -14,7 +14,7 @@ import pytest
 
 from data_pipeline.build.plan import make_tasks
 from data_pipeline.build.run import Outcome, Silent, run_build
-from data_pipeline.sources.find import find_sources
+from data_pipeline.sources.inventory import find_sources
 from mim_scale.cli import run
 from mim_scale.errors import SourceError, StoreError
 from mim_scale.store.dataset import Dataset, volume_folder

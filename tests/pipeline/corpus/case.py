@@ -36,6 +36,10 @@ class Case:
         return f"{self.family}: {self.name}"
 
 
+STOPS = "stops: one line says what to mend"
+"""A description of the dataset is wrong: without it nobody knows who is on the images, so nothing is built."""
+
+
 def accepted(*repairs: str, flags: tuple[str, ...] = ()) -> str:
     """A volume with the voxels and the affine that it must have, and what was done to it."""
     words = sorted(repairs) + [f"flag {flag}" for flag in flags]

@@ -3,6 +3,7 @@
 from tests.pipeline.corpus import (
     archives,
     compression,
+    descriptions,
     dicom,
     dicom_pixels,
     filesystem,
@@ -13,7 +14,7 @@ from tests.pipeline.corpus import (
 )
 from tests.pipeline.corpus.case import Case
 
-_FAMILIES = (dicom, dicom_pixels, nifti, nrrd, mha, compression, archives, filesystem, plausibility)
+_FAMILIES = (dicom, dicom_pixels, nifti, nrrd, mha, compression, archives, filesystem, plausibility, descriptions)
 
 CASES: list[Case] = [case for family in _FAMILIES for case in family.CASES]
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import numpy as np
 
+from mim_scale.errors import SourceError
 from mim_scale.store.volume import Volume
-from tests.pipeline.corpus.case import Case, accepted, refused
+from tests.pipeline.corpus.case import STOPS, Case, accepted, refused
 
 LIMIT_S = 30.0
 """Of one case; the slowest takes about one second on an idle machine."""
@@ -56,6 +57,8 @@ def run_case(case: Case, good: Volume) -> Got:
                 if source.name == _HEALTHY and found.pop()[0] != accepted():
                     found.append(("the healthy volume beside it was not accepted", ""))
         return Got(*zip(*sorted(found), strict=True)) if found else Got((), ())
+    except SourceError as error:
+        return Got((STOPS if "\n" not in str(error) else "STOPS with many lines",), (str(error),))
     except Exception as error:
         return Got((f"EXCEPTION {type(error).__name__}",), (traceback.format_exc(),))
     finally:

@@ -1,0 +1,212 @@
+"""A few kilobytes that tell copies of a CT volume, however cut, turned, resampled or windowed. Pure.
+
+A fingerprint is a set of local marks: places where the soft-tissue picture, seen at about 10 mm, is a blob or a hole,
+each with 128 comparisons of its surroundings. Marks are few, spread over the volume, and the same ones in a crop. Each
+has its own frame, one of the 48 ways to name and point three axes, so a volume that was flipped keeps its marks.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import ndimage
+
+from mim_scale.store.geometry import Spacing3
+from mim_scale.store.volume import Volume
+
+VERSION = 1
+MOST_MARKS = 256
+BITS = 128
+_WINDOW_HU = (-160, 240)
+"""What any window for soft tissue keeps: beyond it, copies may have lost everything."""
+CELL_MM = 4.0
+_BLUR_MM = 5.0
+"""Standard deviation of the picture in which marks are looked for, the voxel's own width included: slices of up to 10 mm reach it."""
+_BLOB_MM = 5.0
+_FRAME_MM = 8.0
+_REACH_CELLS = 4
+_BORDER_MM = 10.0
+_LEAST_BLOB_HU = 2.0
+
+FRAMES = np.array(
+    [
+        np.diag(signs)[list(axes)]
+        for axes in itertools.permutations(range(3))
+        for signs in itertools.product((1, -1), repeat=3)
+    ],
+    np.int8,
+)
+"""48x3x3: rows are the axes of a frame, in terms of the volume's (z, y, x)."""
+
+_MARK = np.dtype([("at", "<i2", 3), ("frame", "u1"), ("bits", "u1", BITS // 8)])
+
+
+@dataclass(frozen=True)
+class Marks:
+    """A fingerprint, unpacked."""
+
+    at_mm: NDArray[np.int16]
+    """Nx3: from the centre of the first voxel, (z, y, x)."""
+    frame: NDArray[np.uint8]
+    """N: index into FRAMES."""
+    bits: NDArray[np.uint64]
+    """Nx2: 128 comparisons."""
+
+    def __len__(self) -> int:
+        return len(self.frame)
+
+
+def volume_fingerprint(volume: Volume) -> bytes:
+    """The fingerprint of a volume in HU; equal for equal voxels and spacing."""
+    return fingerprint_of(volume.voxels, volume.spacing_mm)
+
+
+def fingerprint_of(voxels: NDArray[Any], spacing_mm: Spacing3) -> bytes:
+    """The fingerprint of voxels (z, y, x) in HU of any real type."""
+    picture = _picture(voxels, spacing_mm)
+    at, strength = _blobs(picture)
+    frame, clear = _frames(picture, at)
+    chosen = _spread(at, strength * clear)
+    at, frame = at[chosen], frame[chosen]
+    marks = np.zeros(len(at), _MARK)
+    marks["at"] = np.rint(at * CELL_MM)
+    marks["frame"] = frame
+    marks["bits"] = np.packbits(_comparisons(picture, at, frame), axis=1)
+    return bytes([VERSION]) + marks.tobytes()
+
+
+def unpack(fingerprint: bytes) -> Marks:
+    """What is in a fingerprint.
+
+    Raises:
+        ValueError: it is none, or one of another version.
+    """
+    if not fingerprint or fingerprint[0] != VERSION or (len(fingerprint) - 1) % _MARK.itemsize:
+        raise ValueError("no volume fingerprint of this version")
+    marks = np.frombuffer(fingerprint, _MARK, offset=1)
+    return Marks(marks["at"].copy(), marks["frame"].copy(), np.ascontiguousarray(marks["bits"]).view("<u8"))
+
+
+def _picture(voxels: NDArray[Any], spacing_mm: Spacing3) -> NDArray[np.float32]:
+    """Soft-tissue HU on a grid of CELL_MM whose first cell is the first voxel's centre, blurred to _BLUR_MM."""
+    # Whole blocks of voxels first: most of the work is then done on an eighth of the data or less.
+    by = [max(1, int(3.0 / step)) if size >= 16 else 1 for step, size in zip(spacing_mm, voxels.shape, strict=True)]
+    small = _block_means(voxels, by)
+    steps = [step * k for step, k in zip(spacing_mm, by, strict=True)]
+    sigma = [np.sqrt(max(_BLUR_MM**2 - step**2 / 12, 0.0)) / step for step in steps]
+    small = ndimage.gaussian_filter(small, sigma, mode="nearest", truncate=3.0)
+    # Cell j lies j * CELL_MM from the first voxel's centre; the first block's centre lies (k - 1) / 2 voxels from it.
+    scale = [CELL_MM / step for step in steps]
+    offset = [-(k - 1) / 2 / k for k in by]
+    shape = [int((size - 1) * step // CELL_MM) + 1 for size, step in zip(voxels.shape, spacing_mm, strict=True)]
+    picture: NDArray[np.float32] = ndimage.affine_transform(small, scale, offset, tuple(shape), order=1, mode="nearest")
+    return picture
+
+
+def _block_means(voxels: NDArray[Any], by: list[int]) -> NDArray[np.float32]:
+    low, high = _WINDOW_HU
+    shape = [size // k for size, k in zip(voxels.shape, by, strict=True)]
+    means = np.empty(shape, np.float32)
+    for z in range(shape[0]):
+        slab = np.clip(voxels[z * by[0] : (z + 1) * by[0], : shape[1] * by[1], : shape[2] * by[2]], low, high)
+        rows = slab.sum(0, dtype=np.int32 if slab.dtype.kind in "iu" else np.float32)
+        rows = rows.reshape(shape[1], by[1], -1).sum(1)
+        means[z] = rows.reshape(shape[1], shape[2], by[2]).sum(2)
+    return means / np.float32(np.prod(by))
+
+
+def _blobs(picture: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Places (in cells, between cells) where the picture differs most from its surroundings, and by how much."""
+    blob = picture - ndimage.gaussian_filter(picture, _BLOB_MM * 1.2 / CELL_MM, mode="nearest", truncate=3.0)
+    is_peak = ((blob == ndimage.maximum_filter(blob, 3)) & (blob > _LEAST_BLOB_HU)) | (
+        (blob == ndimage.minimum_filter(blob, 3)) & (blob < -_LEAST_BLOB_HU)
+    )
+    border = int(np.ceil(_BORDER_MM / CELL_MM))
+    inner = np.zeros_like(is_peak)
+    inner[tuple(slice(min(border, n // 3), n - min(border, n // 3)) for n in blob.shape)] = True
+    index = np.argwhere(is_peak & inner)
+    at = index.astype(np.float64)
+    for axis in range(3):
+        if blob.shape[axis] < 3:
+            continue
+        step = np.eye(3, dtype=int)[axis]
+        i = np.clip(index, 1, np.array(blob.shape) - 2)
+        before, here, after = (blob[tuple((i + k * step).T)] for k in (-1, 0, 1))
+        bend = before - 2 * here + after
+        shift = np.where(np.abs(bend) > 1e-6, (before - after) / (2 * np.where(bend == 0, 1, bend)), 0)
+        at[:, axis] += np.clip(shift, -0.5, 0.5)
+    return at, np.abs(blob[tuple(index.T)]).astype(np.float64)
+
+
+def _frames(picture: NDArray[np.float32], at: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:
+    """Of each place the frame whose axes follow the slope, steepest first, and how clear that choice is (0 to 1)."""
+    sigma = _FRAME_MM / CELL_MM
+    slopes = np.empty((len(at), 3))
+    for axis in range(3):
+        order = [int(axis == other) for other in range(3)]
+        slope = ndimage.gaussian_filter(picture, sigma, order, mode="nearest", truncate=3.0)
+        slopes[:, axis] = ndimage.map_coordinates(slope, at.T, order=1, mode="nearest")
+    size = np.abs(slopes)
+    axes = np.argsort(-size, axis=1, kind="stable")
+    ranked = np.take_along_axis(size, axes, 1)
+    gaps = np.stack([ranked[:, 0] - ranked[:, 1], ranked[:, 1] - ranked[:, 2], ranked[:, 2]], 1)
+    clear = gaps.min(1) / (np.linalg.norm(slopes, axis=1) + 1e-9)
+    signs = np.where(np.take_along_axis(slopes, axes, 1) < 0, -1, 1)
+    wanted = np.zeros((len(at), 3, 3), np.int8)
+    np.put_along_axis(wanted, axes[:, :, None], signs[:, :, None].astype(np.int8), axis=2)
+    return _FRAME_INDEX[_frame_code(wanted)], np.minimum(clear / 0.15, 1.0)
+
+
+def _frame_code(frames: NDArray[np.int8]) -> NDArray[np.int64]:
+    weights = 3 ** np.arange(9).reshape(3, 3)
+    code: NDArray[np.int64] = ((frames.astype(np.int64) + 1) * weights).sum((1, 2))
+    return code
+
+
+_FRAME_INDEX = np.zeros(3**9, np.uint8)
+_FRAME_INDEX[_frame_code(FRAMES)] = np.arange(48)
+
+
+def _spread(at: NDArray[np.float64], strength: NDArray[np.float64]) -> NDArray[np.int64]:
+    """The places farthest from any stronger one: spread evenly, and in a crop those of the whole that it holds."""
+    order = np.argsort(-strength, kind="stable")[:6000]
+    at = at[order]
+    reach = np.full(len(at), np.inf)
+    for i in range(1, len(at)):
+        reach[i] = ((at[:i] - at[i]) ** 2).sum(1).min()
+    return order[np.sort(np.argsort(-reach, kind="stable")[:MOST_MARKS])]
+
+
+def _offsets() -> NDArray[np.float64]:
+    line = np.arange(-_REACH_CELLS, _REACH_CELLS + 1, 2)
+    return np.stack(np.meshgrid(line, line, line, indexing="ij"), -1).reshape(-1, 3).astype(np.float64)
+
+
+def _pairs(count: int) -> NDArray[np.int64]:
+    """Which samples are compared: fixed pairs, drawn once by a fixed recurrence."""
+    pairs: list[tuple[int, int]] = []
+    state = 12345
+    while len(pairs) < BITS:
+        state = (state * 1103515245 + 12345) % 2**31
+        a = (state >> 8) % count
+        state = (state * 1103515245 + 12345) % 2**31
+        b = (state >> 8) % count
+        if a != b and (a, b) not in pairs and (b, a) not in pairs:
+            pairs.append((a, b))
+    return np.array(pairs)
+
+
+_OFFSETS = _offsets()
+_PAIRS = _pairs(len(_OFFSETS))
+
+
+def _comparisons(
+    picture: NDArray[np.float32], at: NDArray[np.float64], frame: NDArray[np.uint8]
+) -> NDArray[np.bool_]:
+    """NxBITS: in each mark's own frame, whether one sample around it is brighter than another."""
+    places = at[:, None, :] + _OFFSETS @ FRAMES[frame].astype(np.float64)
+    samples = ndimage.map_coordinates(picture, np.moveaxis(places, 2, 0), order=1, mode="nearest")
+    brighter: NDArray[np.bool_] = samples[:, _PAIRS[:, 0]] > samples[:, _PAIRS[:, 1]]
+    return brighter
