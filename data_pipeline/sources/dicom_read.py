@@ -63,11 +63,11 @@ class _Plane:
     """One slice, its pixels not yet read."""
 
     stored: Stored
-    frame: int
     geometry: Slice
     rescale: Rescale
     thickness_mm: float
     number: str
+    is_derived: bool
 
 
 @dataclass
@@ -100,7 +100,7 @@ def read_series(paths: list[Path]) -> Scan:
     step = float(np.linalg.norm(affine[:3, 2]))
     if max(plane.thickness_mm for plane in series.planes) > _OVERLAP * step:
         series.repairs.add("overlapping_slices")
-    if "DERIVED" in image_types(series.header):
+    if any(plane.is_derived for plane in series.planes):
         series.repairs.add("derived_image_type")
     if any(plane.stored.is_lossy for plane in series.planes):
         series.repairs.add("lossy_source")
@@ -161,13 +161,13 @@ def _planes(path: Path, header: Any, start: int) -> list[_Plane]:
     return [
         _Plane(
             stored,
-            index,
             geometry_of(frame),
             rescale_of(frame, stored.is_signed),
             (numbers(frame, "SliceThickness", 1) or (0.0,))[0],
             text(frame, "InstanceNumber"),
+            "DERIVED" in image_types(frame),
         )
-        for index, frame in enumerate(frames)
+        for frame in frames
     ]
 
 

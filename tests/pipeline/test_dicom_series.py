@@ -179,6 +179,7 @@ def test_every_way_of_writing_a_file_gives_the_same_voxels(
     assert scan.voxels.dtype == np.int16
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_wrong_length_in_the_header_is_refused_not_believed(tmp_path: Path) -> None:
     path = write_series(tmp_path, SERIES)[7]
     data = bytearray(path.read_bytes())
@@ -206,6 +207,7 @@ def test_a_modality_that_is_none_is_not_repeated(tmp_path: Path, modality: str) 
     assert _rejected(tmp_path) == (Reason.NOT_CT, "an unknown modality, expected CT")
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
 def test_a_header_that_cannot_be_read_is_a_fact_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "broken").write_bytes(b"\0" * 128 + b"DICM" + b"\x02\0\0\0UL\x04\0\xff\xff\xff\xff" + b"\xff" * 50)
     facts = header_facts(tmp_path / "broken")
