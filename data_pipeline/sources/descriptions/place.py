@@ -6,6 +6,7 @@ import posixpath
 import re
 from collections.abc import Iterable, Set
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -56,7 +57,7 @@ class Place:
     folder: str
     known: Set[str] = frozenset()
 
-    @property
+    @cached_property
     def dataset(self) -> str:
         """The name of the folder that the description stands in."""
         return posixpath.basename(self.folder) or os.path.basename(os.path.abspath(self.root))
@@ -99,8 +100,12 @@ class Place:
                 self.refuse(f"{line.where} gives a second {second} to one path")
         return entries
 
+    @cached_property
+    def _roots(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((os.path.abspath(self.root), os.path.realpath(self.root))))
+
     def _candidates(self, written: str) -> list[str]:
-        roots = tuple(dict.fromkeys((os.path.abspath(self.root), os.path.realpath(self.root))))
+        roots = self._roots
         variable = _VARIABLE.fullmatch(written)
         if variable is None:
             found = [below(written, self.folder, roots)]
