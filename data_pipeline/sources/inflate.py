@@ -1,13 +1,16 @@
 """The bytes of a file, unpacked where zlib or gzip packed them: front to back, checked, never more than is asked for.
 
-Faster than Python's gzip module by half, as whole pieces go straight to zlib, which checks their checksums itself.
+By isal, which unpacks twice as fast as zlib and checks the same checksums: of a packed volume that is half of the time
+that reading takes.
 """
 
-import zlib
 from collections.abc import Iterator
 from typing import IO
 
-from data_pipeline.reasons import Reason, Rejected, reading_failed
+from isal import isal_zlib
+from isal.igzip_lib import IsalError
+
+from data_pipeline.reasons import Reason, Rejected
 
 GZIP = b"\x1f\x8b"
 LARGEST_RATIO = 1100
@@ -27,20 +30,20 @@ def inflate(file: IO[bytes], many: bool) -> Iterator[bytes]:
     Raises:
         Rejected: the stream is damaged or cut off.
     """
-    decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
+    decoder = isal_zlib.decompressobj(_ZLIB_OR_GZIP)
     data = file.read(_PIECE)
     while True:
         try:
             decoded = decoder.decompress(data, _PIECE)
-        except zlib.error as error:
-            raise reading_failed(error, "the voxels cannot be decoded") from None
+        except IsalError:  # type: ignore[misc]  # its stub calls the class an instance
+            raise Rejected(Reason.UNREADABLE, "the voxels cannot be decoded (damaged compression)") from None
         if decoded:
             yield decoded
         if decoder.eof:
             data = decoder.unused_data + file.read(_PIECE)
             if not (many and data.startswith(GZIP)):
                 return
-            decoder = zlib.decompressobj(_ZLIB_OR_GZIP)
+            decoder = isal_zlib.decompressobj(_ZLIB_OR_GZIP)
             continue
         data = decoder.unconsumed_tail or file.read(_PIECE)
         if not data and not decoded:

@@ -133,12 +133,13 @@ def _scaled(voxels: NDArray[Any], header: Any, repairs: set[str]) -> NDArray[Any
     largest = abs(slope) * 2**16 + abs(intercept)
     is_whole = voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2 and largest < 2**31
     if is_whole and float(slope).is_integer() and float(intercept).is_integer():
-        scaled = voxels.astype(np.int32, order="K")
+        scaled = np.empty(voxels.shape, np.int32, order="F")
         slope, intercept = int(slope), int(intercept)
     else:
-        scaled = voxels.astype(np.float64, order="K")
-    scaled *= slope
-    scaled += intercept
+        scaled = np.empty(voxels.shape, np.float64, order="F")
+    for slab, result in zip(voxels.T, scaled.T, strict=True):
+        np.multiply(slab, slope, out=result, dtype=scaled.dtype)
+        np.add(result, intercept, out=result)
     return scaled
 
 
