@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.canonical import canonical
 from data_pipeline.reasons import Reason, Rejected
-from data_pipeline.sources.ome_zarr import header_size, is_ome_zarr, read_ome_zarr, stored_files
+from data_pipeline.sources.ome_zarr import header_size, is_ome_zarr, read_ome_zarr, stamp, stored_files
 from mim_scale.store.array_store import write_volume
 from tests.pipeline.sources import phantom
 from tests.synthetic import make_volume
@@ -283,6 +283,7 @@ def test_bad_zarr_2(tmp_path: Path) -> None:
     for changed, words in (
         ({"compressor": {"id": "pickle"}}, "not known here"),
         ({"filters": [{"id": "msgpack2"}]}, "not known here"),
+        ({"filters": 5}, "not known here"),
         ({"dtype": "|O"}, "one real number"),
         ({"dtype": [["a", "<i2"]]}, "no known type"),
         ({"chunks": [0, 8, 8]}, "give no chunks"),
@@ -315,3 +316,11 @@ def test_stored_files_tell_of_level_0_and_metadata_alone(tmp_path: Path) -> None
     volume = make_volume((70, 66, 64))
     write_volume(tmp_path / "abc.zarr", volume)
     assert stored_files(tmp_path / "abc.zarr") == ["0/c/0/0/0", "0/zarr.json", "zarr.json"]
+    before = stamp(tmp_path / "abc.zarr")
+    assert before[0] == sum(
+        (tmp_path / "abc.zarr" / name).stat().st_size for name in stored_files(tmp_path / "abc.zarr")
+    )
+    (tmp_path / "abc.zarr" / "1" / "zarr.json").write_text("another level")
+    assert stamp(tmp_path / "abc.zarr") == before
+    os.utime(tmp_path / "abc.zarr" / "0/c/0/0/0", (0, 0))
+    assert stamp(tmp_path / "abc.zarr") != before
