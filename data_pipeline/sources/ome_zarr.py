@@ -13,18 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.reasons import Reason, Rejected, reading_failed
-from data_pipeline.sources.ome_metadata import (
-    Image,
-    files_below,
-    header_size,
-    is_ome_zarr,
-    read_metadata,
-    stamp,
-    stored_files,
-)
+from data_pipeline.sources.ome_metadata import Image, files_below, read_metadata
 from data_pipeline.sources.source import Scan
-
-__all__ = ["header_size", "is_ome_zarr", "read_ome_zarr", "stamp", "stored_files"]
 
 _LARGEST_RATIO = 1100
 """Bytes promised to bytes on disk: no CT shrinks like that, only metadata that lie."""

@@ -1,5 +1,6 @@
 """OME-Zarr of both versions is read as it was written; what is missing, damaged or no CT volume is one rejection."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -11,11 +12,14 @@ import numcodecs
 import numpy as np
 import pytest
 import zarr
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from data_pipeline.canonical import canonical
 from data_pipeline.reasons import Reason, Rejected
-from data_pipeline.sources.ome_zarr import header_size, is_ome_zarr, read_ome_zarr, stamp, stored_files
+from data_pipeline.sources.ome_metadata import header_size, is_ome_zarr, stamp, stored_files
+from data_pipeline.sources.ome_zarr import read_ome_zarr
 from mim_scale.store.array_store import write_volume
 from tests.pipeline.sources import phantom
 from tests.synthetic import make_volume
@@ -324,3 +328,38 @@ def test_stored_files_tell_of_level_0_and_metadata_alone(tmp_path: Path) -> None
     assert stamp(tmp_path / "abc.zarr") == before
     os.utime(tmp_path / "abc.zarr" / "0/c/0/0/0", (0, 0))
     assert stamp(tmp_path / "abc.zarr") != before
+
+
+def _places(values: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """Every place in JSON values."""
+    inner = values.items() if isinstance(values, dict) else enumerate(values) if isinstance(values, list) else ()
+    return [path] * bool(path) + [place for key, value in inner for place in _places(value, (*path, key))]
+
+
+_ANYTHING = st.sampled_from(
+    [None, True, 0, -1, 3, 1e308, 10**30, "", "0", "zstd", [], {}, [[]], [None], {"id": 1}, [1, 2, 3]]
+)
+
+
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data(), st.sampled_from([(2, ".zattrs"), (2, "0/.zarray"), (3, "zarr.json"), (3, "0/zarr.json")]))
+def test_any_metadata_are_read_or_rejected(tmp_path: Path, data: st.DataObject, where: tuple[int, str]) -> None:
+    folder = tmp_path / f"{where[0]}.zarr"
+    if not folder.exists():
+        write_ome(folder, phantom(), zarr_format=where[0])
+    whole = (folder / where[1]).read_text()
+    values = json.loads(whole)
+    *parents, last = data.draw(st.sampled_from(_places(values)))
+    spot = values
+    for key in parents:
+        spot = spot[key]
+    spot[last] = data.draw(_ANYTHING)
+    (folder / where[1]).write_text(json.dumps(values))
+    try:
+        for call in (is_ome_zarr, stored_files, stamp):
+            call(folder)
+        for read in (header_size, read_ome_zarr):
+            with contextlib.suppress(Rejected):
+                read(folder)
+    finally:
+        (folder / where[1]).write_text(whole)
