@@ -37,6 +37,8 @@ _DIRECTIONS = {
     "superior-to-inferior": (2, -1.0),
 }
 """Axis of RAS, and whether along or against it."""
+_ENDLESS_MM = 1e12
+"""Beyond this nothing is measured; and squares of it still are numbers."""
 _LAYOUT_OF_MANY = "bioformats2raw.layout"
 
 
@@ -56,11 +58,11 @@ class Image:
 def is_ome_zarr(folder: Path) -> bool:
     """Whether a folder is one OME-Zarr image, or pretends to be by its name; folders of several images are not."""
     attributes = _attributes(folder)
-    if attributes is not None and _multiscales(attributes) is not None:
+    if attributes is not None and _ome(attributes).get("multiscales") is not None:
         return True
     if not folder.name.lower().endswith(".zarr"):
         return False
-    is_folder_of_images = attributes is not None and _LAYOUT_OF_MANY in (attributes.get("ome") or attributes)
+    is_folder_of_images = attributes is not None and _LAYOUT_OF_MANY in _ome(attributes)
     return not is_folder_of_images
 
 
@@ -107,9 +109,10 @@ def _attributes(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _multiscales(attributes: dict[str, Any]) -> Any:
+def _ome(attributes: dict[str, Any]) -> dict[str, Any]:
+    """Where 0.5 keeps its metadata, or 0.4."""
     ome = attributes.get("ome")
-    return (ome if isinstance(ome, dict) else attributes).get("multiscales")
+    return ome if isinstance(ome, dict) else attributes
 
 
 def _parsed(folder: Path) -> dict[str, Any]:
@@ -117,7 +120,7 @@ def _parsed(folder: Path) -> dict[str, Any]:
     attributes = _attributes(folder)
     if attributes is None:
         raise Rejected(Reason.UNREADABLE, "the folder has no readable Zarr metadata")
-    multiscales = _multiscales(attributes)
+    multiscales = _ome(attributes).get("multiscales")
     if multiscales is None:
         raise Rejected(Reason.NO_GEOMETRY, "a Zarr folder without OME-Zarr's multiscales: nothing says where it lies")
     if not isinstance(multiscales, list) or not multiscales or not isinstance(multiscales[0], dict):
@@ -157,6 +160,8 @@ def read_metadata(folder: Path) -> Image:
     repairs = {"orientation_assumed"} if assumed else set()
     steps = np.array([scale[axis] * unit for axis, unit in zip(spatial, units, strict=True)])
     origin = np.array([translation[axis] * unit for axis, unit in zip(spatial, units, strict=True)])
+    if not ((steps > 0) & (steps < _ENDLESS_MM)).all() or not (np.abs(origin) < _ENDLESS_MM).all():
+        raise Rejected(Reason.NO_GEOMETRY, "the scale of level 0 is not positive and finite")
     if set(units) != {1.0}:
         repairs.add("unit_converted")
     attributes = _attributes(folder) or {}
@@ -166,8 +171,6 @@ def read_metadata(folder: Path) -> Image:
         repairs |= set() if oriented else {"orientation_assumed"}
     else:
         repairs.discard("orientation_assumed")
-    if not np.isfinite(affine).all() or (steps <= 0).any():
-        raise Rejected(Reason.NO_GEOMETRY, "the scale of level 0 is not positive and finite")
     return Image(level, array, tuple(shape), spatial, affine, tuple(sorted(repairs)))
 
 
@@ -239,7 +242,11 @@ def _own_affine(own: Any, steps: NDArray[np.float64]) -> NDArray[np.float64]:
         affine = np.array(own["affine"], dtype=np.float64)
     except (KeyError, TypeError, ValueError):
         affine = np.zeros(0)
-    if affine.shape != (4, 4) or not np.isfinite(affine).all() or not np.array_equal(affine[3], [0, 0, 0, 1]):
+    if (
+        affine.shape != (4, 4)
+        or not (np.abs(affine) < _ENDLESS_MM).all()
+        or not np.array_equal(affine[3], [0, 0, 0, 1])
+    ):
         raise Rejected(Reason.NO_GEOMETRY, "the store's own affine is missing or malformed")
     if not np.allclose(np.linalg.norm(affine[:3, :3], axis=0), steps, rtol=1e-3):
         raise Rejected(Reason.NO_GEOMETRY, "the store's own affine contradicts the scale of level 0")

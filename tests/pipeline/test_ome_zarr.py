@@ -241,6 +241,7 @@ BAD: list[tuple[str, Callable[[Path], None], Reason, str]] = [
     ("no group metadata", lambda f: (f / "zarr.json").unlink(), Reason.UNREADABLE, "no readable Zarr metadata"),
     ("no multiscales", _group(lambda a: a.clear()), Reason.NO_GEOMETRY, "without OME-Zarr's multiscales"),
     ("multiscales of text", _group(lambda a: a["ome"].update(multiscales="x")), Reason.UNREADABLE, "no list"),
+    ("ome is no table", _group(lambda a: a.update(ome=True)), Reason.NO_GEOMETRY, "without OME-Zarr's multiscales"),
     ("two images", _group(lambda a: a["ome"]["multiscales"].append({})), Reason.NOT_3D, "2 images"),
     ("a level elsewhere", _image(lambda i: i["datasets"][0].update(path="../../x")), Reason.UNREADABLE, "no level 0"),
     ("an absolute level", _image(lambda i: i["datasets"][0].update(path="/etc")), Reason.UNREADABLE, "no level 0"),
