@@ -5,6 +5,7 @@ import multiprocessing
 import resource
 import shutil
 import tempfile
+import time
 import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -109,11 +110,16 @@ class _Worker:
         self.process.start()
         theirs.close()
         self.case: Case | None = None
+        self.since = 0.0
         self.pipe.recv()
 
     def ask(self, case: Case) -> None:
-        self.case = case
+        self.case, self.since = case, time.monotonic()
         self.pipe.send(case.key)
+
+    def age(self) -> float:
+        """Seconds since it was asked."""
+        return time.monotonic() - self.since
 
     def answer(self) -> Got | None:
         """None where the worker died."""
@@ -143,13 +149,15 @@ def run_cases(
     for worker in busy:
         worker.ask(left.pop())
     while busy:
-        ready = wait([worker.pipe for worker in busy], LIMIT_S)
-        for worker in [worker for worker in busy if worker.pipe in ready or not ready]:
-            got = worker.answer() if ready else Got(("HANG",), (f"over {LIMIT_S:g} seconds",))
+        first_limit = min(worker.since for worker in busy) + LIMIT_S
+        ready = wait([worker.pipe for worker in busy], max(0.0, first_limit - time.monotonic()))
+        late = [worker for worker in busy if worker.pipe not in ready and worker.age() > LIMIT_S]
+        for worker in [*late, *(worker for worker in busy if worker.pipe in ready)]:
+            got = Got(("HANG",), (f"over {LIMIT_S:g} seconds",)) if worker in late else worker.answer()
             assert worker.case is not None
             yield worker.case, got or Got((f"CRASH with {worker.process.exitcode}",), ("",))
             busy.remove(worker)
-            is_fit = got is not None and bool(ready)
+            is_fit = got is not None and worker not in late
             if not (is_fit and left):
                 worker.end()
             if left:
