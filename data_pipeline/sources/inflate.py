@@ -77,3 +77,8 @@ class Unpacked:
         """At most so many bytes."""
         target = bytearray(size)
         return bytes(target[: self.readinto(memoryview(target))])
+
+    def skip(self, size: int) -> None:
+        """Leave out so many bytes, or what is left of them."""
+        while size > 0 and self.read(min(size, _PIECE)):
+            size -= _PIECE

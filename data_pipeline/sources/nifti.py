@@ -107,7 +107,7 @@ def _voxels(data: Unpacked, header: Any, shape: tuple[int, ...]) -> NDArray[Any]
     start = float(header["vox_offset"]) - header.sizeof_hdr
     if not 0 <= start <= _LARGEST_OFFSET:
         raise Rejected(Reason.UNREADABLE, "the header says that the voxels begin where they cannot")
-    data.read(int(start))
+    data.skip(int(start))
     dtype = header.get_data_dtype()
     stored = np.empty(math.prod(shape) * dtype.itemsize, np.uint8)
     count = data.readinto(stored.data)

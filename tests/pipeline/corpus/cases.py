@@ -10,11 +10,24 @@ from tests.pipeline.corpus import (
     mha,
     nifti,
     nrrd,
+    ome_zarr,
     plausibility,
 )
 from tests.pipeline.corpus.case import Case
 
-_FAMILIES = (dicom, dicom_pixels, nifti, nrrd, mha, compression, archives, filesystem, plausibility, descriptions)
+_FAMILIES = (
+    dicom,
+    dicom_pixels,
+    nifti,
+    nrrd,
+    mha,
+    ome_zarr,
+    compression,
+    archives,
+    filesystem,
+    plausibility,
+    descriptions,
+)
 
 CASES: list[Case] = [case for family in _FAMILIES for case in family.CASES]
 
