@@ -12,7 +12,7 @@ import shutil
 import struct
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -61,10 +61,13 @@ def staged(address: str, files: Sequence[str], version: str, num_bytes: int = 0)
 
 
 @contextmanager
-def staged_headers(storage: Storage, entries: Sequence[Entry]) -> Iterator[Path]:
+def staged_headers(storage: Storage, entries: Sequence[Entry], beside: Iterable[Entry] = ()) -> Iterator[Path]:
     """A folder with a file of the right name and size for each entry, of which only what the header takes is there.
 
     Descriptions of data sets are there in full. The rest of the others is a hole: it takes no room and reads as zeros.
+
+    Args:
+        beside: files of which only the name and the size matter.
 
     Raises:
         LostObjectError: a file is gone, or is another than was listed.
@@ -75,6 +78,8 @@ def staged_headers(storage: Storage, entries: Sequence[Entry]) -> Iterator[Path]
         yield local
         return
     with _held_folder() as folder:
+        for entry in beside:
+            _write(folder, entry, b"")
         for _ in side_by_side(lambda entry: _stage_header(storage, entry, folder), entries, _WIDTH):
             pass
         yield folder
@@ -82,6 +87,8 @@ def staged_headers(storage: Storage, entries: Sequence[Entry]) -> Iterator[Path]
 
 def header_of(storage: Storage, entry: Entry) -> bytes:
     """The first bytes of a file, as many as its header takes; all of it where that cannot be told."""
+    if entry.path.lower().endswith(".zarr"):
+        return b""  # a folder of many objects
     whole = _rule(entry)
     for size in _FIRST_BYTES if whole is not None else ():
         first = storage.head(entry, size)
@@ -154,7 +161,10 @@ def _opened(address: str) -> Storage:
 
 
 def _stage_header(storage: Storage, entry: Entry, folder: Path) -> None:
-    first = header_of(storage, entry)
+    _write(folder, entry, header_of(storage, entry))
+
+
+def _write(folder: Path, entry: Entry, first: bytes) -> None:
     target = folder / entry.path
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -109,6 +109,11 @@ def is_remote(address: str) -> bool:
     return address.lower().startswith(SCHEMES)
 
 
+def absolute(address: str) -> str:
+    """An address that means the same to every process: a folder's is made absolute, links followed."""
+    return address if is_remote(address) else os.path.realpath(address)
+
+
 def open_storage(url: str, names: Iterable[str] | None = None, patience_s: float | None = None) -> Storage:
     """The storage at an address: a path, file://, s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, or http(s)://HOST/PATH.
 

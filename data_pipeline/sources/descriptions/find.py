@@ -23,6 +23,8 @@ from data_pipeline.sources.descriptions.table import SUFFIXES, TABLES, has_paths
 from mim_scale.errors import SourceError
 
 _DATASET = "dataset.json"
+DESCRIPTIONS = frozenset({_DATASET, NNSSL, *TABLES})
+"""Names of files that describe others."""
 _VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zarr")
 _Entries = dict[str, Listed]
 
@@ -77,7 +79,7 @@ def find_descriptions(root: Path, files: Iterable[str]) -> Described:
         folder, _, name = file.rpartition("/")
         if name.startswith("."):
             continue  # what other systems leave beside files, under the same names
-        if name in {_DATASET, NNSSL, *TABLES}:
+        if name in DESCRIPTIONS:
             candidates.append(file)
         elif name.lower().endswith(_VOLUMES):
             volumes.add(file)
