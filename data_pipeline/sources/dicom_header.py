@@ -2,6 +2,7 @@
 
 import logging
 import math
+import os
 import warnings
 from typing import Any, BinaryIO, Protocol
 
@@ -70,6 +71,14 @@ def read_header(file: BinaryIO, only: list[int] | None = None) -> tuple[Any, int
         return header, DEFLATED if _PIXEL_DATA_TAG in header else None
     start = file.tell()
     return header, start if file.read(4) in _PIXEL_DATA else None
+
+
+def is_cut(file: BinaryIO, header: Any) -> bool:
+    """Whether a file that was just read, and has no pixels, ends within an element of its header."""
+    elements = [header.get_item(tag) for tag in header.keys()]  # noqa: SIM118  # iterating would decode them
+    # Only elements that were not decoded yet know the length that the file gives them.
+    lacking = any(len(element.value or b"") < getattr(element, "length", 0) < 0xFFFFFFFF for element in elements)
+    return lacking or file.tell() > os.fstat(file.fileno()).st_size
 
 
 def value(header: Header, name: str) -> Any:

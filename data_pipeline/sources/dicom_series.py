@@ -13,6 +13,7 @@ from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.sources.dicom_frames import check_one_stack, frame_headers, is_multi_frame
 from data_pipeline.sources.dicom_header import (
     has_size,
+    is_cut,
     numbers,
     problem_of,
     read_header,
@@ -36,6 +37,8 @@ _HEADER = tags(
 )
 _FUNCTIONAL_GROUPS = [*_HEADER, *tags("SharedFunctionalGroupsSequence", "PerFrameFunctionalGroupsSequence")]
 
+_CUT, _NO_PIXELS = "the file ends within its header", "no image in the file"
+
 
 @dataclass(frozen=True, slots=True)
 class DicomFacts:
@@ -52,8 +55,8 @@ class DicomFacts:
     """Position; of many frames, the lowest along each axis."""
     high: tuple[float, float, float] | None = None
     pixel_mm2: float = 0.0
-    is_damaged: bool = False
-    """A slice of a series, but its file ends before the pixels."""
+    damage: str = ""
+    """Of a slice of a series whose file ends before the pixels: how."""
     problem: tuple[str, str] | None = None
     """Why it can be refused by its header: reason and detail. IO_ERROR may pass: such facts must not be kept."""
 
@@ -93,10 +96,13 @@ def header_facts(path: Path) -> DicomFacts:
                 return DicomFacts(problem=(Reason.UNREADABLE, "a DICOM file inside gzip: unpack it"))
             file.seek(0)
             header, start = read_header(file, _HEADER)
+            damage = ""
+            if start is None:
+                damage = _CUT if is_cut(file, header) else _NO_PIXELS
             if is_multi_frame(header):
                 file.seek(0)
-                header, start = read_header(file, _FUNCTIONAL_GROUPS)
-        return _facts(header, start is not None)
+                header, _ = read_header(file, _FUNCTIONAL_GROUPS)
+        return _facts(header, damage)
     except Rejected as rejected:
         return DicomFacts(problem=(rejected.reason, rejected.detail))
     except Exception as error:
@@ -104,7 +110,7 @@ def header_facts(path: Path) -> DicomFacts:
         return DicomFacts(problem=(failed.reason, failed.detail))
 
 
-def _facts(header: Any, has_pixels: bool) -> DicomFacts:
+def _facts(header: Any, damage: str) -> DicomFacts:
     frames = frame_headers(header)
     first, last = frames[0], frames[-1]
     num_frames = max(1, whole(header, "NumberOfFrames", 1))
@@ -126,7 +132,7 @@ def _facts(header: Any, has_pixels: bool) -> DicomFacts:
         low=_corner(places, min),
         high=_corner(places, max),
         pixel_mm2=spacing[0] * spacing[1] if spacing else 0.0,
-        is_damaged=problem is None and not (has_pixels and has_size(header)),
+        damage="" if problem else damage or ("" if has_size(header) else _NO_PIXELS),
         problem=problem,
     )
 
@@ -153,8 +159,9 @@ def group_series(root: Path, files: list[str]) -> list[Source]:
 
 def _source(files: tuple[str, ...], facts: list[DicomFacts]) -> Source:
     problem = next(((Reason(fact.problem[0]), fact.problem[1]) for fact in facts if fact.problem), None)
-    if problem is None and all(fact.is_damaged for fact in facts):
-        problem = Reason.NO_PIXELS, "the file ends before its pixels" if len(files) == 1 else "no file holds pixels"
+    if problem is None and all(fact.damage for fact in facts):
+        reason = Reason.UNREADABLE if any(fact.damage == _CUT for fact in facts) else Reason.NO_PIXELS
+        problem = reason, facts[0].damage
     voxels = sum(fact.pixels * fact.num_frames for fact in facts)
     return Source(files[0], "dicom", files, voxels, problem, _voxel_mm3(facts))
 

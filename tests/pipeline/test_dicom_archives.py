@@ -17,7 +17,7 @@ from data_pipeline.canonical import canonical
 from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.reasons import Rejected
 from data_pipeline.screen import screen
-from data_pipeline.sources.inventory import Inventory, find_sources
+from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
 from mim_scale.config import BuildConfig
@@ -341,10 +341,8 @@ def test_every_archive_has_its_outcomes() -> None:
 def test_every_archive_through_a_build(unpacked: Callable[[str], Path], tmp_path: Path, name: str) -> None:
     root = unpacked(name)
     settings = BuildConfig(source=str(root), store=str(tmp_path / "store"), executor="local", workers=1)
-    with Inventory(root) as inventory:
-        inventory.list_files()
-        inventory.read_headers()
-        results = [build_volume(task) for task in make_tasks(inventory, settings, PseudonymKey(b"k" * 32))]
+    tasks = make_tasks(root, find_sources(root).sources, settings, PseudonymKey(b"k" * 32))
+    results = [build_volume(task) for task in tasks]
     outcomes = [result.rejected[0] if result.rejected else "accepted" for result in results]
     if "tiny" in name:
         # Thumbnails are too small and no HU of a body: which one is said first is the screen's to decide.

@@ -111,7 +111,14 @@ def test_a_slice_cut_within_its_header_stays_in_its_series_and_refuses_it(tmp_pa
 
 def test_headers_without_pixels_are_no_series(tmp_path: Path) -> None:
     write_series(tmp_path, with_tags(SERIES, PixelData=None))
-    assert _rejected(tmp_path) == (Reason.NO_PIXELS, "no file holds pixels")
+    assert _rejected(tmp_path) == (Reason.NO_PIXELS, "no image in the file")
+
+
+def test_a_file_that_ends_within_its_header_is_damaged_not_empty(tmp_path: Path) -> None:
+    path = write_series(tmp_path, replace(SERIES, voxels=SERIES.voxels[:1]))[0]
+    data = path.read_bytes()
+    path.write_bytes(data[: data.index(b"\x20\x00\x32\x00DS") + 12])
+    assert _rejected(tmp_path) == (Reason.UNREADABLE, "the file ends within its header")
 
 
 def _without_meta(file: pydicom.Dataset, path: Path) -> None:
