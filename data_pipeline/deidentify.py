@@ -6,6 +6,7 @@ whatever is not in them becomes "other". Descriptions are looked at for a yes or
 
 import hashlib
 import hmac
+import json
 import math
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -84,6 +85,10 @@ class PseudonymKey:
     def check(self) -> str:
         """8 hex digits that tell whether two stores were made under one key."""
         return hmac.new(self.secret, b"mim-scale key check", hashlib.sha256).hexdigest()[:8]
+
+    def digest(self, values: Any) -> str:
+        """64 hex digits that stand for JSON values: without the key nobody can tell whether a guess at them is right."""
+        return hmac.new(self.secret, json.dumps(values, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
     def pseudonym(self, kind: str, name: str) -> str:
         """16 hex digits that stand for a name; kind (patient, study, series, source, ...) keeps names apart."""

@@ -1,7 +1,7 @@
 """What has to be done: one task a source, whose key says when an earlier result still holds; and its cost."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,9 +9,8 @@ from typing import Any
 from data_pipeline.build.ledger import Ledger
 from data_pipeline.build.task import Task
 from data_pipeline.deidentify import PseudonymKey
-from data_pipeline.sources.inventory import Inventory
 from data_pipeline.sources.source import Source
-from mim_scale.commit import sha256_values
+from data_pipeline.storage.storage import absolute
 from mim_scale.config import BuildConfig
 
 PIPELINE_VERSION = 3
@@ -35,17 +34,21 @@ def settings(config: BuildConfig, key_check: str) -> dict[str, Any]:
 
 
 def make_tasks(
-    inventory: Inventory, config: BuildConfig, pseudonyms: PseudonymKey, waivers: dict[str, str] | None = None
+    root: Path | str,
+    sources: Iterable[Source],
+    config: BuildConfig,
+    pseudonyms: PseudonymKey,
+    waivers: dict[str, str] | None = None,
 ) -> Iterator[Task]:
     """One task for each source, in the sources' order."""
     common = settings(config, pseudonyms.check)
-    root, store = str(inventory.root.resolve()), str(Path(config.store).resolve())
-    for source in inventory.sources():
+    store = str(Path(config.store).resolve())
+    for source in sources:
         source_key = pseudonyms.pseudonym("source", source.name)
         waived = tuple((waivers or {}).get(source_key, "").split())
         yield Task(
-            key=sha256_values([source.version, source.problem, common, waived]),
-            root=root,
+            key=pseudonyms.digest([source.version, source.problem, common, waived]),
+            root=absolute(str(root)),
             store=store,
             source=source,
             source_key=source_key,

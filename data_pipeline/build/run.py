@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.build import plan
 from data_pipeline.build.executor import Work, make_executor
 from data_pipeline.build.ledger import (
     Ledger,
@@ -24,11 +25,10 @@ from data_pipeline.build.ledger import (
 from data_pipeline.build.plan import Estimate, estimate, make_tasks, part_of, settings
 from data_pipeline.build.tables import Tables, collect
 from data_pipeline.build.task import Task, build_volume
-from data_pipeline.deidentify import PseudonymKey
+from data_pipeline.deidentify import PseudonymKey, deidentification_record
 from data_pipeline.pseudonym_key import load_key
 from data_pipeline.sources.inventory import Inventory, kept_headers
-from data_pipeline.subjects import TABLE
-from mim_scale.commit import sha256_values
+from data_pipeline.storage.storage import is_remote
 from mim_scale.config import BuildConfig
 from mim_scale.errors import DamagedError, SourceError, StoreError
 from mim_scale.store.array_store import folder_bytes
@@ -144,7 +144,7 @@ class _Build:
 
     def tasks(self) -> Iterator[Task]:
         """Every task of the whole build, in the sources' order."""
-        return make_tasks(self.inventory, self.config, self.pseudonyms, self.waivers)
+        return make_tasks(self.inventory.address, self.inventory.sources(), self.config, self.pseudonyms, self.waivers)
 
     def own_tasks(self) -> Iterator[Task]:
         """Those of this part."""
@@ -154,7 +154,11 @@ class _Build:
     def settings(self) -> dict[str, Any]:
         """What the record says that the build was asked for."""
         asked = settings(self.config, self.pseudonyms.check)
-        return asked | {"min_slices": self.config.min_slices, "waivers": self.waivers}
+        return asked | {
+            "min_slices": self.config.min_slices,
+            "waivers": self.waivers,
+            "deidentification": deidentification_record(self.pseudonyms),
+        }
 
 
 def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume) -> Outcome:
@@ -165,14 +169,14 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
         SourceError: the source is missing, holds no image, or nothing in it can be stored.
         StoreError: the store's folder holds something else, or cannot be written.
     """
-    root, store = Path(config.source), Path(config.store)
+    root, store = config.source, Path(config.store)
     with Inventory(root, kept_headers(root)) as inventory:
         tree = inventory.list_files()
         _refuse_overlap(root, store)
         _refuse_foreign(store)
         before = _standing(store)
         build = _Build(config, load_key(_path(config.key_file)), inventory, _waivers(store, before), before)
-        digest = sha256_values([tree, build.settings()])
+        digest = build.pseudonyms.digest([tree, build.settings()])
         finished = _finished_outcome(store, before, digest)
         if finished is not None:
             return finished
@@ -188,7 +192,7 @@ def plan_build(config: BuildConfig, progress: Progress) -> Estimate:
         SourceError: the source is missing or holds no image.
         StoreError: the store's folder holds something else.
     """
-    root, store = Path(config.source), Path(config.store)
+    root, store = config.source, Path(config.store)
     with Inventory(root, kept_headers(root)) as inventory, Ledger(store) as ledger:
         inventory.list_files()
         _refuse_overlap(root, store)
@@ -212,7 +216,7 @@ def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
             return _part_outcome(build, ledger, reasons)
         tables = collect(build.tasks(), ledger)
         keys = {kept.key for kept in tables.kept}
-        _refuse_nothing(inventory.root, tables)
+        _refuse_nothing(inventory.address, tables)
         _refuse_other_source(build, keys)
         fingerprint = commit_dataset(store, tables.rows(), tables.quarantine(), build.settings(), tables.fingerprints())
         if not tables.may_pass:
@@ -295,9 +299,12 @@ def _standing(store: Path) -> _Before:
         return _Before()
     try:
         record = read_record(store)
+        read_table(store, record, QUARANTINE, read_quarantine)
         pairs = [(row.key, row.source_key) for row in iter_rows(table_path(store, record, MANIFEST))]
     except DamagedError:
         return _Before(keys=frozenset(stored_keys(store)), is_damaged=True)
+    if record["build_config"].get("pipeline_version", 0) > plan.PIPELINE_VERSION:
+        raise StoreError(f"{store}: was built by a newer mim-scale; use that one, or build into another folder")
     return _Before(record, frozenset(key for key, _ in pairs), frozenset(source for _, source in pairs))
 
 
@@ -316,8 +323,10 @@ def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
     elif before.record is not None:
         now = build.settings()
         last = before.record["build_config"]
-        changed = [name for name in now if last.get(name) != now[name] and name != "waivers"]
-        if changed:
+        changed = [name for name in now if last.get(name) != now[name] and name not in {"waivers", "deidentification"}]
+        if "pipeline_version" in changed:
+            yield "the last build was made by an older program: every volume was built again"
+        elif changed:
             shown = ", ".join(f"{name} {json.dumps(last.get(name))} -> {json.dumps(now[name])}" for name in changed)
             yield f"settings differ from the last build ({shown}): what they touch was built again"
         num_dropped = len(before.keys - keys)
@@ -328,7 +337,7 @@ def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
     if tables.num_unknown_subjects:
         yield (
             f"{tables.num_unknown_subjects} volumes name no patient: each counts as its own subject; "
-            f"{TABLE} in the source says more"
+            "subjects.csv in the source says more"
         )
     if tables.groups:
         yield (f"{len(tables.groups)} volumes have copies under another subject: they stay on one side of a split")
@@ -369,8 +378,10 @@ def _path(text: str | None) -> Path | None:
     return Path(text) if text is not None else None
 
 
-def _refuse_overlap(root: Path, store: Path) -> None:
-    source, target = root.resolve(), store.resolve()
+def _refuse_overlap(root: str, store: Path) -> None:
+    if is_remote(root):
+        return
+    source, target = Path(root).resolve(), store.resolve()
     if target.is_relative_to(source) or source.is_relative_to(target):
         raise StoreError(
             f"{store}: store and source {root} lie in each other; choose a folder for the store outside of it"
@@ -410,7 +421,7 @@ def _make_volumes_folder(store: Path) -> None:
         ) from None
 
 
-def _refuse_nothing(root: Path, tables: Tables) -> None:
+def _refuse_nothing(root: str, tables: Tables) -> None:
     if not tables.kept:
         reasons = ", ".join(f"{reason} {count}" for reason, count in tables.reasons.most_common())
         raise SourceError(f"{root}: none of {len(tables.refused)} inputs can be stored: {reasons}")
@@ -421,7 +432,9 @@ def _refuse_other_source(build: _Build, keys: set[str]) -> None:
     before = build.before
     if not before.keys or before.keys & keys:
         return
-    if before.source_keys & {task.source_key for task in build.tasks()}:
+    is_changed = before.record is not None and before.record["build_config"] != build.settings()
+    if is_changed and before.source_keys & {task.source_key for task in build.tasks()}:
+        # Other settings give other volumes: then the sources must be the same.
         return
     remove_volumes_but(build.store, set(before.keys))
     raise StoreError(

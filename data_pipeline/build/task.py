@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.canonical import canonical
-from data_pipeline.deidentify import Acquisition, Identity, PseudonymKey
+from data_pipeline.deidentify import Acquisition, Identity, PseudonymKey, face_risk
 from data_pipeline.reasons import Reason, Rejected, reading_failed
 from data_pipeline.screen import screen
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Source
-from mim_scale.errors import StoreError
+from data_pipeline.storage.staging import staged
+from data_pipeline.volume_fingerprint import volume_fingerprint
+from mim_scale.errors import StorageError, StoreError
 from mim_scale.store.array_store import write_volume
 from mim_scale.store.dataset import volume_folder
 from mim_scale.store.geometry import Spacing3
@@ -104,19 +106,23 @@ def build_volume(task: Task) -> TaskResult:
 
     Raises:
         StoreError: the store cannot be written; the build cannot go on.
+        StorageError: the source's storage cannot be used, or the disk for staging is full; the same.
     """
     before = _cpu_s()
     try:
         prepared = _prepare(task)
     except Rejected as rejected:
         return _rejected(task, rejected, before)
+    except StorageError:
+        # What this input met, every other one would meet: the build stops, and goes on when it is started again.
+        raise
     except MemoryError:
         return died(task, "the machine has too little free memory for it")
     except Exception as error:
         # A reader met an input that nobody foresaw: that input is set aside, the others go on.
         return _rejected(task, reading_failed(error, "reading it failed"), before)
     row = _write(task, prepared)
-    fingerprint = b""
+    fingerprint = volume_fingerprint(prepared.volume)
     return TaskResult(
         task.key, task.source_key, task.source.format, task.min_slices, _cpu_s() - before, row, fingerprint
     )
@@ -140,10 +146,15 @@ def _cpu_s() -> float:
 
 
 def _prepare(task: Task) -> _Prepared:
-    scan = read_source(Path(task.root), task.source)
+    if task.source.problem is not None:
+        raise Rejected(*task.source.problem)
+    with staged(task.root, task.source.files, task.source.version, task.source.num_bytes) as root:
+        scan = read_source(root, task.source)
     volume, repairs = canonical(scan, task.spacing_mm)
     flags = set(scan.acquisition.flags)
     flags.update(screen(volume.voxels, task.min_slices, task.waived))
+    if face_risk(volume):
+        flags.add("face_likely")
     return _Prepared(_rounded(volume), repairs, tuple(sorted(flags)), scan.identity, scan.acquisition)
 
 

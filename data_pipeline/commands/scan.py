@@ -23,7 +23,7 @@ def scan(source: Path | str, workers: int | None = None, store: Path | None = No
 
     from data_pipeline.sources.inventory import Inventory, kept_headers
 
-    root = Path(source)
+    root = str(source)
     inputs: Counter[str] = Counter()
     files: Counter[str] = Counter()
     sizes: Counter[str] = Counter()

@@ -3,7 +3,7 @@
 import errno
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -14,10 +14,13 @@ from data_pipeline.sources.dicom_series import header_facts, is_dicom
 from data_pipeline.sources.itk import detached_files
 from data_pipeline.sources.itk import header_size as itk_size
 from data_pipeline.sources.nifti import header_size as nifti_size
+from data_pipeline.sources.ome_metadata import header_size as zarr_size
+from data_pipeline.sources.ome_metadata import is_ome_zarr, stored_files
 from data_pipeline.sources.source import Format
+from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError
 
-FACTS_VERSION = 3
+FACTS_VERSION = 4
 """Raised whenever the same file would give other facts: kept ones then count no more."""
 
 _FORMATS: tuple[tuple[str, Format], ...] = (
@@ -35,6 +38,9 @@ _NO_IMAGE_SUFFIXES = frozenset(
 _NO_IMAGE_NAMES = frozenset({"dicomdir", "license", "licence", "readme", "changelog", "version", "notice", "makefile"})
 
 
+_SIZE_OF = {"nifti": nifti_size, "nrrd": itk_size, "mha": itk_size, "ome_zarr": zarr_size}
+
+
 @dataclass(frozen=True, slots=True)
 class Entry:
     """One file as listed."""
@@ -47,8 +53,11 @@ class Entry:
     """Changes when the content does: the time of the last change, or what an object store says."""
 
 
-def list_files(root: Path) -> Iterator[Entry]:
-    """Every file below a folder; folders that are links are entered once.
+def list_files(root: Path, paths: Iterable[str] | None = None) -> Iterator[Entry]:
+    """Every file below a folder; folders that are links are entered once, a folder that is one image is one entry.
+
+    Args:
+        paths: only these files, and what lies below these folders; relative to the root.
 
     Raises:
         SourceError: the folder is missing, or one below it cannot be read.
@@ -57,23 +66,44 @@ def list_files(root: Path) -> Iterator[Entry]:
         state = "is a file" if root.exists() else "does not exist"
         raise SourceError(f"{root}: {state}; give the folder that holds the scans")
     seen: set[str] = set()
-    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+    for path in ["."] if paths is None else paths:
+        if (root / path).is_dir():
+            yield from _below(root, path, seen)
+        else:
+            yield _entry(root, path)
+
+
+def _below(root: Path, start: str, seen: set[str]) -> Iterator[Entry]:
+    for folder, folders, names in os.walk(root / start, onerror=_refuse_folder, followlinks=True):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
             continue
         seen.add(real)
-        folders.sort()
         relative = PurePosixPath(os.path.relpath(folder, root).replace(os.sep, "/"))
+        if is_ome_zarr(Path(folder)):
+            folders.clear()
+            yield _image_entry(root, str(relative))
+            continue
+        folders.sort()
         for name in names:
             yield _entry(root, str(relative / name))
 
 
+def _image_entry(root: Path, folder: str) -> Entry:
+    """A folder that is one image, with the sizes and times of the files that it is read from."""
+    parts = [_entry(root, f"{folder}/{name}") for name in stored_files(root / folder)]
+    version = sha256_values([[part.path, part.size, part.version] for part in parts])
+    return Entry(folder, sum(max(part.size, 0) for part in parts), version)
+
+
 def read_facts(root: Path, file: str) -> dict[str, Any]:
     """What a file is, as plain JSON values: its kind (ignored, volume, dicom, unknown) and what its header says."""
+    path = root / file
+    if path.is_dir():
+        return _volume_facts(root, file, "ome_zarr")
     if _is_no_image(file):
         return {"kind": "ignored"}
-    path = root / file
     problem = _no_file(path)
     if problem is not None:
         return {"kind": "unknown", "problem": (Reason.UNREADABLE, problem)}
@@ -110,10 +140,10 @@ def _format(file: str) -> Format | None:
 
 def _volume_facts(root: Path, file: str, kind: Format) -> dict[str, Any]:
     try:
-        count, voxel_mm3 = nifti_size(root / file) if kind == "nifti" else itk_size(root / file)
-    except (Rejected, RuntimeError):
+        count, voxel_mm3 = _SIZE_OF[kind](root / file)
+    except Rejected:
         count, voxel_mm3 = 0, 0.0  # reading it will say what is wrong
-    extra = detached_files(root, file) if kind != "nifti" else ()
+    extra = detached_files(root, file) if kind in {"nrrd", "mha"} else ()
     return {"kind": "volume", "format": kind, "num_voxels": count, "voxel_mm3": voxel_mm3, "extra": list(extra)}
 
 

@@ -22,11 +22,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_pipeline.reasons import PASSING, Reason
-from data_pipeline.sources.descriptions.listed import Listed
+from data_pipeline.sources.descriptions.find import DESCRIPTIONS, Described, find_descriptions, is_listing, read_listing
 from data_pipeline.sources.dicom_series import DicomFacts, sources_of
-from data_pipeline.sources.find import FACTS_VERSION, Entry, list_files, read_facts
+from data_pipeline.sources.find import FACTS_VERSION, Entry, read_facts
 from data_pipeline.sources.source import Source
-from data_pipeline.subjects import listed_subject, read_subjects
+from data_pipeline.storage.source_files import source_files
+from data_pipeline.storage.storage import absolute, is_remote
 from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError
 
@@ -38,29 +39,19 @@ _ENOUGH_FOR_A_POOL = 2000
 Looked = Callable[[int, int], None]
 
 
-class Described:
-    def __init__(self, root, names):
-        self.subjects = read_subjects(root)
-
-    def of(self, file):
-        subject = listed_subject(self.subjects, (file,))
-        return Listed(subject=subject) if subject else None
-
-
-def find_descriptions(root, names):
-    return Described(root, names)
-
-
 class Inventory:
     """The sources of one folder.
 
     Args:
-        root: folder tree with volume files and DICOM files of any name.
+        given: folder tree with volume files and DICOM files of any name, or a list of files (CSV, TSV, Parquet, or
+            nnssl's pretrain_data.json): then only what it names counts; or the address of a bucket.
         kept: where headers are kept between runs; None keeps nothing.
     """
 
-    def __init__(self, root: Path, kept: Path | None = None) -> None:
-        self.root = root
+    def __init__(self, given: Path | str, kept: Path | None = None) -> None:
+        path = None if is_remote(str(given)) else Path(given)
+        self._listing = read_listing(path) if path is not None and is_listing(path) and not path.is_dir() else None
+        self._files = source_files(self._listing.root if self._listing is not None else given)
         self.notes: tuple[str, ...] = ()
         """What a user should know about the scan, a line each."""
         # An empty name is a private file of SQLite's own that is gone with the connection.
@@ -81,6 +72,11 @@ class Inventory:
         if self._cache is not None:
             self._cache.close()
 
+    @property
+    def address(self) -> str:
+        """What all files lie below, for workers on any machine: an absolute path, or an URL."""
+        return self._files.address
+
     def list_files(self) -> str:
         """List every file; a digest of names, sizes and times comes back.
 
@@ -90,7 +86,7 @@ class Inventory:
         digest = sha256()
 
         def rows() -> Iterator[tuple[bytes, int, str]]:
-            for entry in list_files(self.root):
+            for entry in self._files.entries(self._listing.paths if self._listing is not None else None):
                 yield os.fsencode(entry.path), entry.size, entry.version
 
         self._lists.executemany("INSERT INTO files (path, size, version) VALUES (?, ?, ?)", rows())
@@ -114,11 +110,12 @@ class Inventory:
                 if pending > _ENOUGH_FOR_A_POOL and workers > 1
                 else None
             )
-            while batch := self._lists.execute(f"SELECT path FROM files WHERE facts IS NULL LIMIT {_BATCH}").fetchall():
-                names = [os.fsdecode(path) for (path,) in batch]
-                read = partial(read_facts, self.root)
-                found = pool.map(read, names, chunksize=50) if pool is not None else map(read, names)
-                self._note(zip(names, found, strict=True))
+            while batch := self._entries_of(f"WHERE facts IS NULL ORDER BY path LIMIT {_BATCH}"):
+                names = [entry.path for entry in batch]
+                with self._files.headers(batch, self._below) as root:
+                    read = partial(read_facts, root)
+                    found = pool.map(read, names, chunksize=50) if pool is not None else map(read, names)
+                    self._note(zip(names, found, strict=True))
                 done += len(batch)
                 if looked is not None:
                     looked(done, pending)
@@ -162,9 +159,7 @@ class Inventory:
             cache = sqlite3.connect(kept, timeout=60)
             if cache.execute("PRAGMA user_version").fetchone()[0] != FACTS_VERSION:
                 cache.executescript(f"DROP TABLE IF EXISTS facts; PRAGMA user_version = {FACTS_VERSION};")
-            cache.execute(
-                f"CREATE TABLE IF NOT EXISTS facts {_COLUMNS} WITHOUT ROWID"
-            )
+            cache.execute(f"CREATE TABLE IF NOT EXISTS facts {_COLUMNS} WITHOUT ROWID")
         except (OSError, sqlite3.Error) as error:
             self._without_cache(error)
             return None
@@ -210,7 +205,7 @@ class Inventory:
             self._without_cache(error)
 
     def _group(self) -> None:
-        described = find_descriptions(self.root, self._names())
+        described = self._described() if self._listing is None else self._listing.described
         owned = self._add_volumes(described)
         query = (
             "SELECT grp, path, size, version, facts FROM files WHERE grp != '' OR facts LIKE '{\"kind\": \"dicom\"%' "
@@ -223,6 +218,22 @@ class Inventory:
             for batch in batches:
                 self._add_series(batch, described)
         self._refuse_no_image()
+
+    def _described(self) -> Described:
+        with self._files.descriptions(self._entries_of("WHERE 1"), DESCRIPTIONS) as root:
+            try:
+                return find_descriptions(root, self._names())
+            except SourceError as error:
+                raise SourceError(str(error).replace(str(root), self._files.address)) from None
+
+    def _entries_of(self, where: str, values: tuple[Any, ...] = ()) -> list[Entry]:
+        rows = self._lists.execute(f"SELECT path, size, version FROM files {where}", values)
+        return [Entry(os.fsdecode(path), size, version) for path, size, version in rows]
+
+    def _below(self, folder: str) -> list[Entry]:
+        """Files below a folder, for headers that name their data files."""
+        start = os.fsencode(folder and f"{folder}/")
+        return self._entries_of("WHERE substr(path, 1, ?) = ? LIMIT 100000", (len(start), start))
 
     def _names(self) -> Iterator[str]:
         for (path,) in self._lists.execute("SELECT path FROM files ORDER BY path"):
@@ -269,7 +280,7 @@ class Inventory:
             self._add(source, [entries[file] for file in source.files], described)
 
     def _add(self, source: Source, entries: list[Entry], described: Described) -> None:
-        listed = next((found for file in source.files if (found := described.of(file)) is not None), None)
+        listed = described.of(*source.files)
         problem = source.problem
         subject = ""
         if listed is not None:
@@ -291,7 +302,7 @@ class Inventory:
             if source.format != "unknown" or (source.problem is not None and source.problem[0] in PASSING):
                 return
         raise SourceError(
-            f"{self.root}: no image among {self.num_files} files; expected .nii .nii.gz .nrrd .nhdr .mha .mhd, "
+            f"{self.address}: no image among {self.num_files} files; expected .nii .nii.gz .nrrd .nhdr .mha .mhd, "
             "OME-Zarr folders or DICOM files"
         )
 
@@ -322,7 +333,7 @@ def find_sources(root: Path, looked: Looked | None = None) -> Tree:
         return Tree(tuple(inventory.sources()), inventory.num_ignored)
 
 
-def kept_headers(root: Path) -> Path:
-    """Where the headers of a source folder are kept between runs: in the user's own cache folder."""
+def kept_headers(root: Path | str) -> Path:
+    """Where the headers of a source are kept between runs: in the user's own cache folder."""
     base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(base) / "mim-scale" / "headers" / f"{sha256(os.fsencode(root.resolve())).hexdigest()[:16]}.sqlite"
+    return Path(base) / "mim-scale" / "headers" / f"{sha256(os.fsencode(absolute(str(root)))).hexdigest()[:16]}.sqlite"

@@ -16,7 +16,8 @@ def read_source(root: Path, source: Source) -> Scan:
     if source.problem is not None:
         raise Rejected(*source.problem)
     paths = source.paths(root)
-    gone = [path for path in paths if not os.path.isfile(path)]
+    is_there = os.path.isdir if source.format == "ome_zarr" else os.path.isfile
+    gone = [path for path in paths if not is_there(path)]
     if gone:
         raise Rejected(Reason.IO_ERROR, f"{len(gone)} of {len(paths)} files are gone since the folder was scanned")
     match source.format:
@@ -32,5 +33,9 @@ def read_source(root: Path, source: Source) -> Scan:
             from data_pipeline.sources.dicom_read import read_series
 
             return read_series(paths)
+        case "ome_zarr":
+            from data_pipeline.sources.ome_zarr import read_ome_zarr
+
+            return read_ome_zarr(paths[0])
         case "unknown":
             raise Rejected(Reason.UNREADABLE, "neither DICOM nor a volume file by its name")

@@ -40,6 +40,10 @@ class Source:
         return [root / file for file in self.files]
 
 
+_NOBODY = Identity()
+_UNSAID = Acquisition()
+
+
 @dataclass(frozen=True)
 class Scan:
     """A source as read, before any convention is applied.
@@ -54,8 +58,8 @@ class Scan:
     voxels: NDArray[np.generic]
     affine: NDArray[np.float64]
     repairs: tuple[str, ...] = ()
-    identity: Identity = Identity()
-    acquisition: Acquisition = Acquisition()
+    identity: Identity = _NOBODY
+    acquisition: Acquisition = _UNSAID
 
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])

@@ -125,7 +125,7 @@ def test_ray_gives_the_same(archive: Path, clean: Path, tmp_path: Path) -> None:
 
 
 def test_a_finished_build_returns_at_once(archive: Path, clean: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("data_pipeline.build.run.find_sources", None)
+    monkeypatch.setattr("data_pipeline.build.run.Inventory.read_headers", None)
     outcome = run_build(config(archive, clean), Silent())
     assert outcome.was_complete
     _check_archive(outcome)
@@ -251,17 +251,28 @@ def test_refusals_touch_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("_inline")
-def test_a_store_of_other_settings_or_another_source_is_kept(tmp_path: Path) -> None:
+def test_a_store_of_another_source_is_kept_and_other_settings_build_again_what_they_touch(tmp_path: Path) -> None:
     source, other, store = tmp_path / "in", tmp_path / "other", tmp_path / "store"
     write_image(source / "a.nii", phantom(0))
     write_image(other / "a.nii", phantom(1))
     outcome = run_build(config(source, store), Silent())
-    with pytest.raises(StoreError, match="min_slices 16 there and 4 here"):
-        run_build(config(source, store, min_slices=4), Silent())
     with pytest.raises(StoreError, match="none of them is in this source"):
         run_build(config(other, store), Silent())
     assert Dataset.open(store).fingerprint == outcome.fingerprint
     assert {path.name for path in (store / "volumes").iterdir()} == {f"{row.key}.zarr" for row in outcome.rows}
+    started: list[str] = []
+
+    def work(task: Task) -> TaskResult:
+        started.append(task.key)
+        return build_volume(task)
+
+    assert run_build(config(source, store, min_slices=4), Silent(), work).fingerprint == outcome.fingerprint
+    assert not started, "a volume that is thick enough stays"
+    again = run_build(config(source, store, spacing=(3.0, 3.0, 3.0), min_slices=4), Silent(), work)
+    assert len(started) == 1
+    assert again.fingerprint != outcome.fingerprint
+    assert "settings differ from the last build (spacing null -> [3.0, 3.0, 3.0])" in again.notes[0]
+    assert len(list((store / "volumes").iterdir())) == 1
 
 
 @pytest.mark.usefixtures("_inline")

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_pipeline.build.run import Outcome, Silent, run_build
 from data_pipeline.example_data import default_cache, fetch_examples
 from data_pipeline.example_packages import PACKAGES
-from data_pipeline.subjects import pseudonym
+from data_pipeline.pseudonym_key import load_key
 from mim_scale.errors import SourceError
 from mim_scale.store.dataset import volume_folder
 from tests.pipeline.sources import config, oracle
@@ -66,7 +66,8 @@ def test_all_are_stored_and_patients_are_kept_together(built: tuple[Path, Outcom
     _, outcome = built
     assert outcome.quarantine == ()
     assert len(outcome.rows) == outcome.num_sources == len(SCANS) == 10
-    assert sorted(row.subject for row in outcome.rows) == sorted(pseudonym("table", name) for name in SCANS.values())
+    listed = [load_key().pseudonym("listed", name) for name in SCANS.values()]
+    assert sorted(row.subject for row in outcome.rows) == sorted(listed)
     assert len({row.subject for row in outcome.rows}) == 7
     assert {row.source_format for row in outcome.rows} == {"nifti", "nrrd", "dicom"}
 

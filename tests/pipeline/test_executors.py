@@ -11,6 +11,7 @@ from data_pipeline.build.executor_local import LocalExecutor
 from data_pipeline.build.executor_ray import RayExecutor
 from data_pipeline.build.plan import make_tasks
 from data_pipeline.build.task import Task, TaskResult
+from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.sources.inventory import find_sources
 from mim_scale.ray_cluster import ray_cluster
 from mim_scale.store.dataset import volume_folder
@@ -34,7 +35,8 @@ def _tasks(tmp_path: Path, names: list[str]) -> list[Task]:
         write_image(tmp_path / "in" / f"{name}.nii.gz", phantom(seed))
     sources = find_sources(tmp_path / "in").sources
     (tmp_path / "store" / "volumes").mkdir(parents=True)
-    return make_tasks(tmp_path / "in", sources, config(tmp_path / "in", tmp_path / "store"))
+    settings = config(tmp_path / "in", tmp_path / "store")
+    return list(make_tasks(tmp_path / "in", sources, settings, PseudonymKey(b"key")))
 
 
 def _by_name(tasks: list[Task], results: list[TaskResult]) -> dict[str, TaskResult]:
