@@ -17,6 +17,8 @@ LARGEST_RATIO = 1100
 """Deflate cannot shrink more than 1032-fold: a header that promises more voxels than that lies."""
 
 _ZLIB_OR_GZIP = 47
+_FIRST_PIECE = 1 << 12
+"""Enough for a header: a scan of many files reads no more of each."""
 _PIECE = 1 << 18
 
 
@@ -31,14 +33,15 @@ def inflate(file: IO[bytes], many: bool) -> Iterator[bytes]:
         Rejected: the stream is damaged or cut off.
     """
     decoder = isal_zlib.decompressobj(_ZLIB_OR_GZIP)
-    data = file.read(_PIECE)
+    data, most = file.read(_FIRST_PIECE), _FIRST_PIECE
     while True:
         try:
-            decoded = decoder.decompress(data, _PIECE)
+            decoded = decoder.decompress(data, most)
         except IsalError:  # type: ignore[misc]  # its stub calls the class an instance
             raise Rejected(Reason.UNREADABLE, "the voxels cannot be decoded (damaged compression)") from None
         if decoded:
             yield decoded
+        most = _PIECE
         if decoder.eof:
             data = decoder.unused_data + file.read(_PIECE)
             if not (many and data.startswith(GZIP)):
@@ -50,13 +53,18 @@ def inflate(file: IO[bytes], many: bool) -> Iterator[bytes]:
             raise Rejected(Reason.UNREADABLE, "the compressed data are cut off")
 
 
+def _plain(file: IO[bytes]) -> Iterator[bytes]:
+    yield file.read(_FIRST_PIECE)
+    yield from iter(lambda: file.read(_PIECE), b"")
+
+
 class Unpacked:
     """A file read from front to back, unpacked where it is gzip, whatever its name says."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.is_packed = file.read(2) == GZIP
         file.seek(0)
-        self._pieces = inflate(file, many=True) if self.is_packed else iter(lambda: file.read(_PIECE), b"")
+        self._pieces = inflate(file, many=True) if self.is_packed else _plain(file)
         self._left = memoryview(b"")
 
     def readinto(self, target: memoryview) -> int:

@@ -36,7 +36,7 @@ def test_outcome(case: Case, got: dict[str, Got]) -> None:
 
 def test_the_page_is_up_to_date(got: dict[str, Got]) -> None:
     """docs/bad-inputs.md is what `make bad-inputs` would write now."""
-    assert PAGE.read_text() == page(got)
+    assert PAGE.read_text(encoding="utf-8") == page(got)
 
 
 def test_the_corpus_is_large_and_its_names_are_unique() -> None:

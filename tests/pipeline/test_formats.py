@@ -1,6 +1,7 @@
 """Every accepted format, lying in every way, is stored as SimpleITK reads it, voxel for voxel."""
 
 import gzip
+import io
 from pathlib import Path
 
 import nibabel as nib
@@ -11,6 +12,7 @@ import SimpleITK as sitk
 
 from data_pipeline.canonical import canonical
 from data_pipeline.sources.inventory import find_sources
+from data_pipeline.sources.nifti import header_size
 from data_pipeline.sources.read import read_source
 from tests.pipeline.sources import (
     Series,
@@ -165,3 +167,23 @@ def test_detached_data_belongs_to_its_header(tmp_path: Path) -> None:
     write_image(tmp_path / "scan.mhd", phantom())
     assert len(only_source(tmp_path).files) == 2
     assert sitk.ReadImage(str(tmp_path / "scan.mhd")).GetSize()[::-1] == phantom().shape
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_header_is_read_without_the_voxels(tmp_path: Path, packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A scan of an archive reads every header: it may not cost the archive's bytes."""
+    voxels = np.random.default_rng(0).integers(-1000, 1000, (40, 100, 100), dtype=np.int16)
+    path = write_image(tmp_path / f"scan.nii{'.gz' if packed else ''}", voxels)
+    count = 0
+
+    class Counting(io.FileIO):
+        def readinto(self, target: memoryview) -> int | None:  # type: ignore[override]
+            nonlocal count
+            read = super().readinto(target)
+            count += read or 0
+            return read
+
+    monkeypatch.setattr("builtins.open", lambda name, mode: io.BufferedReader(Counting(name), 4096))
+    assert header_size(path)[0] == voxels.size
+    monkeypatch.undo()
+    assert 0 < count <= 8192 < path.stat().st_size

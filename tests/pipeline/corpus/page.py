@@ -55,7 +55,7 @@ def main() -> int:
         good = Path(folder) / "good.npy"
         save_good(good)
         got = {case.key: result for case, result in run_cases(CASES, good)}
-    PAGE.write_text(page(got))
+    PAGE.write_text(page(got), encoding="utf-8")
     wrong = [case for case in CASES if got[case.key].outcomes != case.expected]
     for case in wrong:
         print(f"{case.key}: expected {_shown(case.expected)}, got {_shown(got[case.key].outcomes)}", file=sys.stderr)
