@@ -9,37 +9,31 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from data_pipeline.build import plan
 from data_pipeline.build.executor import Work, make_executor
 from data_pipeline.build.ledger import (
     Ledger,
     builder_lock,
-    is_begun,
     read_finished,
-    read_waivers,
     remove_leftovers,
     remove_volumes_but,
-    stored_keys,
     write_finished,
 )
 from data_pipeline.build.plan import Estimate, estimate, make_tasks, part_of, settings
+from data_pipeline.build.standing import Standing, read_standing, refuse_foreign, refuse_overlap, waivers_of
 from data_pipeline.build.tables import Tables, collect
 from data_pipeline.build.task import Task, build_volume
 from data_pipeline.deidentify import PseudonymKey, deidentification_record
 from data_pipeline.pseudonym_key import load_key
 from data_pipeline.sources.inventory import Inventory, kept_headers
-from data_pipeline.storage.storage import is_remote
 from mim_scale.config import BuildConfig
 from mim_scale.errors import DamagedError, SourceError, StoreError
 from mim_scale.store.array_store import folder_bytes
 from mim_scale.store.dataset import (
     MANIFEST,
     QUARANTINE,
-    RECORD,
     VOLUMES,
     Dataset,
     commit_dataset,
-    read_record,
     read_table,
     table_path,
     volume_folder,
@@ -110,16 +104,6 @@ class Silent:
 
 
 @dataclass
-class _Before:
-    """What stood in the store before this build."""
-
-    record: dict[str, Any] | None = None
-    keys: frozenset[str] = frozenset()
-    source_keys: frozenset[str] = frozenset()
-    is_damaged: bool = False
-
-
-@dataclass
 class _Build:
     """What the steps of one build share."""
 
@@ -127,7 +111,7 @@ class _Build:
     pseudonyms: PseudonymKey
     inventory: Inventory
     waivers: dict[str, str]
-    before: _Before
+    before: Standing
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -172,10 +156,10 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
     root, store = config.source, Path(config.store)
     with Inventory(root, kept_headers(root)) as inventory:
         tree = inventory.list_files()
-        _refuse_overlap(root, store)
-        _refuse_foreign(store)
-        before = _standing(store)
-        build = _Build(config, load_key(_path(config.key_file)), inventory, _waivers(store, before), before)
+        refuse_overlap(root, store)
+        refuse_foreign(store)
+        before = read_standing(store)
+        build = _Build(config, load_key(_path(config.key_file)), inventory, waivers_of(store, before), before)
         digest = build.pseudonyms.digest([tree, build.settings()])
         finished = _finished_outcome(store, before, digest)
         if finished is not None:
@@ -195,11 +179,11 @@ def plan_build(config: BuildConfig, progress: Progress) -> Estimate:
     root, store = config.source, Path(config.store)
     with Inventory(root, kept_headers(root)) as inventory, Ledger(store) as ledger:
         inventory.list_files()
-        _refuse_overlap(root, store)
-        _refuse_foreign(store)
-        before = _standing(store)
+        refuse_overlap(root, store)
+        refuse_foreign(store)
+        before = read_standing(store)
         inventory.read_headers(progress.looked, config.workers or 1)
-        build = _Build(config, load_key(_path(config.key_file)), inventory, _waivers(store, before), before)
+        build = _Build(config, load_key(_path(config.key_file)), inventory, waivers_of(store, before), before)
         return estimate(build.tasks(), config, ledger)
 
 
@@ -293,29 +277,6 @@ def _part_outcome(build: _Build, ledger: Ledger, reasons: Counter[str]) -> Outco
     )
 
 
-def _standing(store: Path) -> _Before:
-    """The dataset that stands there, and whether its record or a table of it is damaged."""
-    if not (store / RECORD).exists():
-        return _Before()
-    try:
-        record = read_record(store)
-        read_table(store, record, QUARANTINE, read_quarantine)
-        pairs = [(row.key, row.source_key) for row in iter_rows(table_path(store, record, MANIFEST))]
-    except DamagedError:
-        return _Before(keys=frozenset(stored_keys(store)), is_damaged=True)
-    if record["build_config"].get("pipeline_version", 0) > plan.PIPELINE_VERSION:
-        raise StoreError(f"{store}: was built by a newer mim-scale; use that one, or build into another folder")
-    return _Before(record, frozenset(key for key, _ in pairs), frozenset(source for _, source in pairs))
-
-
-def _waivers(store: Path, before: _Before) -> dict[str, str]:
-    """What the user lets pass, also after the builder's own notes were removed."""
-    noted = read_waivers(store)
-    if noted is not None:
-        return noted
-    return dict(before.record["build_config"].get("waivers", {})) if before.record else {}
-
-
 def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
     before = build.before
     if before.is_damaged:
@@ -343,7 +304,7 @@ def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
         yield (f"{len(tables.groups)} volumes have copies under another subject: they stay on one side of a split")
 
 
-def _finished_outcome(store: Path, before: _Before, digest: str) -> Outcome | None:
+def _finished_outcome(store: Path, before: Standing, digest: str) -> Outcome | None:
     """The outcome of the last build, where nothing has changed since and everything is in place."""
     noted = read_finished(store)
     if noted is None or before.record is None or noted.get("tree") != digest:
@@ -376,40 +337,6 @@ def _finished_outcome(store: Path, before: _Before, digest: str) -> Outcome | No
 
 def _path(text: str | None) -> Path | None:
     return Path(text) if text is not None else None
-
-
-def _refuse_overlap(root: str, store: Path) -> None:
-    if is_remote(root):
-        return
-    source, target = Path(root).resolve(), store.resolve()
-    if target.is_relative_to(source) or source.is_relative_to(target):
-        raise StoreError(
-            f"{store}: store and source {root} lie in each other; choose a folder for the store outside of it"
-        )
-
-
-def _refuse_foreign(store: Path) -> None:
-    """A folder is written to only if it is new, empty, or a store."""
-    if not store.exists():
-        return
-    if not store.is_dir():
-        raise StoreError(f"{store}: is a file, expected a folder for the store; choose another path")
-    is_store = (store / RECORD).is_file() and not _is_damaged(store)
-    if not is_store and not is_begun(store) and any(store.iterdir()) and not _has_our_names(store):
-        raise StoreError(f"{store}: exists and is no store; nothing was touched; choose another folder")
-
-
-def _is_damaged(store: Path) -> bool:
-    try:
-        read_record(store)
-    except DamagedError:
-        return True
-    return False
-
-
-def _has_our_names(store: Path) -> bool:
-    """Whether a folder with a damaged record, whose build/ was removed, still looks like a store."""
-    return (store / RECORD).is_file() and (store / MANIFEST).is_file() and (store / VOLUMES).is_dir()
 
 
 def _make_volumes_folder(store: Path) -> None:

@@ -1,0 +1,79 @@
+"""What stands where a store is to be built, and whether it may be built over."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.build import plan
+from data_pipeline.build.ledger import is_begun, read_waivers, stored_keys
+from data_pipeline.storage.storage import is_remote
+from mim_scale.errors import DamagedError, StoreError
+from mim_scale.store.dataset import MANIFEST, QUARANTINE, RECORD, VOLUMES, read_record, read_table, table_path
+from mim_scale.store.manifest import iter_rows, read_quarantine
+
+
+@dataclass
+class Standing:
+    """The dataset that stood in the store before this build."""
+
+    record: dict[str, Any] | None = None
+    keys: frozenset[str] = frozenset()
+    source_keys: frozenset[str] = frozenset()
+    is_damaged: bool = False
+
+
+def read_standing(store: Path) -> Standing:
+    """The dataset that stands there, and whether its record or a table of it is damaged."""
+    if not (store / RECORD).exists():
+        return Standing()
+    try:
+        record = read_record(store)
+        read_table(store, record, QUARANTINE, read_quarantine)
+        pairs = [(row.key, row.source_key) for row in iter_rows(table_path(store, record, MANIFEST))]
+    except DamagedError:
+        return Standing(keys=frozenset(stored_keys(store)), is_damaged=True)
+    if record["build_config"].get("pipeline_version", 0) > plan.PIPELINE_VERSION:
+        raise StoreError(f"{store}: was built by a newer mim-scale; use that one, or build into another folder")
+    return Standing(record, frozenset(key for key, _ in pairs), frozenset(source for _, source in pairs))
+
+
+def waivers_of(store: Path, before: Standing) -> dict[str, str]:
+    """What the user lets pass, also after the builder's own notes were removed."""
+    noted = read_waivers(store)
+    if noted is not None:
+        return noted
+    return dict(before.record["build_config"].get("waivers", {})) if before.record else {}
+
+
+def refuse_overlap(root: str, store: Path) -> None:
+    if is_remote(root):
+        return
+    source, target = Path(root).resolve(), store.resolve()
+    if target.is_relative_to(source) or source.is_relative_to(target):
+        raise StoreError(
+            f"{store}: store and source {root} lie in each other; choose a folder for the store outside of it"
+        )
+
+
+def refuse_foreign(store: Path) -> None:
+    """A folder is written to only if it is new, empty, or a store."""
+    if not store.exists():
+        return
+    if not store.is_dir():
+        raise StoreError(f"{store}: is a file, expected a folder for the store; choose another path")
+    is_store = (store / RECORD).is_file() and not _is_damaged(store)
+    if not is_store and not is_begun(store) and any(store.iterdir()) and not _has_our_names(store):
+        raise StoreError(f"{store}: exists and is no store; nothing was touched; choose another folder")
+
+
+def _is_damaged(store: Path) -> bool:
+    try:
+        read_record(store)
+    except DamagedError:
+        return True
+    return False
+
+
+def _has_our_names(store: Path) -> bool:
+    """Whether a folder with a damaged record, whose build/ was removed, still looks like a store."""
+    return (store / RECORD).is_file() and (store / MANIFEST).is_file() and (store / VOLUMES).is_dir()
