@@ -20,7 +20,7 @@ from data_pipeline.build.ledger import (
 )
 from data_pipeline.build.plan import Estimate, estimate, make_tasks, part_of, settings
 from data_pipeline.build.standing import Standing, read_standing, refuse_foreign, refuse_overlap, waivers_of
-from data_pipeline.build.tables import Tables, collect
+from data_pipeline.build.tables import Tables, collect, find_groups
 from data_pipeline.build.task import Task, build_volume
 from data_pipeline.deidentify import PseudonymKey, deidentification_record
 from data_pipeline.pseudonym_key import load_key
@@ -202,6 +202,7 @@ def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
         keys = {kept.key for kept in tables.kept}
         _refuse_nothing(inventory.address, tables)
         _refuse_other_source(build, keys)
+        find_groups(store, tables)
         fingerprint = commit_dataset(store, tables.rows(), tables.quarantine(), build.settings(), tables.fingerprints())
         if not tables.may_pass:
             # What could not be read this time may be back the next: until then its volume stays where it is.

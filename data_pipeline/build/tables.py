@@ -5,12 +5,16 @@ Numbers are held for each volume, never rows: those are read from the ledger aga
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
 
-from data_pipeline.build.ledger import Ledger
+from data_pipeline.build.ledger import FOLDER, Ledger
 from data_pipeline.build.task import Task
+from data_pipeline.duplicates import groups
 from data_pipeline.reasons import PASSING, Reason
-from mim_scale.store.manifest import FingerprintRow, QuarantineRow, Row
+from mim_scale.store.manifest import FingerprintRow, QuarantineRow, Row, iter_fingerprints, write_fingerprints
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,9 +77,12 @@ class Tables:
 
     def fingerprints(self) -> Iterator[FingerprintRow]:
         """The volume fingerprints, by key."""
-        for row, kept in zip(self.rows(), self.kept, strict=True):
-            mark = self.ledger.at(kept.task_key).fingerprint
-            yield FingerprintRow(row.key, row.subject, row.series, row.content_hash, row.voxel_hash, mark)
+        for kept in self.kept:
+            result = self.ledger.at(kept.task_key)
+            row = result.row
+            assert row is not None
+            subject = kept.subject.hex() or row.subject
+            yield FingerprintRow(row.key, subject, row.series, row.content_hash, row.voxel_hash, result.fingerprint)
 
 
 def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
@@ -86,7 +93,6 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
     """
     tables = Tables(ledger)
     seen: set[bytes] = set()
-    ties = _Ties()
     for task in tasks:
         task_key = bytes.fromhex(task.key[:32])
         result = ledger.at(task_key)
@@ -107,40 +113,33 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
         tables.bytes_stored += row.bytes_stored
         tables.subjects.add(subject)
         tables.num_unknown_subjects += subject == task.pseudonyms.pseudonym("volume", row.content_hash)
-        ties.add(row, subject)
     tables.kept.sort(key=lambda kept: kept.key)
     tables.refused.sort(key=lambda refused: refused.source_key)
-    tables.groups = ties.groups()
     return tables
 
 
-class _Ties:
-    """Subjects that belong together, because volumes of theirs are copies of each other."""
+def find_groups(store: Path, tables: Tables) -> None:
+    """Fill in whose volumes stay on one side of a split: of one subject, of one series, of equal voxels, near-copies.
 
-    def __init__(self) -> None:
-        self._above: dict[str, str] = {}
-        self._first: dict[tuple[str, bytes], str] = {}
-        self._subject_of: dict[str, str] = {}
+    A large search runs in a process of its own, so that its memory is gone when the tables are written.
+    """
+    table = store / FOLDER / "fingerprints.parquet"
+    write_fingerprints(table, tables.fingerprints())
+    try:
+        if len(tables.kept) < _ENOUGH_FOR_A_PROCESS:
+            tables.groups = _groups(table)
+        else:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+                tables.groups = pool.submit(_groups, table).result()
+    finally:
+        table.unlink()
 
-    def add(self, row: Row, subject: str) -> None:
-        """One volume: it ties its subject to those of volumes with equal voxels or of the same series."""
-        for kind, mark in (("voxels", row.voxel_hash), ("series", row.series)):
-            if mark:
-                self.tie(subject, self._first.setdefault((kind, bytes.fromhex(mark)[:12]), subject))
-        self._subject_of[row.key] = subject
 
-    def tie(self, one: str, other: str) -> None:
-        """Two subjects are one group."""
-        first, second = self._root(one), self._root(other)
-        if first != second:
-            self._above[max(first, second)] = min(first, second)
+_ENOUGH_FOR_A_PROCESS = 500
 
-    def groups(self) -> dict[str, str]:
-        """The group of each volume whose group is not its subject."""
-        found = {key: self._root(subject) for key, subject in self._subject_of.items() if subject in self._above}
-        return {key: group for key, group in found.items() if group != self._subject_of[key]}
 
-    def _root(self, subject: str) -> str:
-        while subject in self._above:
-            subject = self._above[subject]
-        return subject
+def _groups(table: Path) -> dict[str, str]:
+    """The group of each volume whose group is not its subject."""
+    rows = tuple(iter_fingerprints(table))
+    found = groups(rows)
+    return {row.key: found[row.key] for row in rows if found[row.key] != row.subject}
