@@ -11,6 +11,7 @@ from mim_scale.config import BuildConfig
 from mim_scale.config_file import check_config
 from mim_scale.errors import ConfigError, exit_with
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
+from mim_scale.streaming.peek_commands import add_peek
 
 
 class _Parser(argparse.ArgumentParser):
@@ -59,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_verbs(data: Any) -> None:
     scan = data.add_parser("scan", help="list what a source folder holds, without reading voxels")
-    scan.add_argument("source", type=Path)
+    scan.add_argument("source", help="a folder, a list, or s3://BUCKET/PREFIX")
     scan.add_argument("--workers", type=int, help="processes that read headers (default: every core)")
     scan.add_argument("--store", type=Path, help="check that every input has a row in this store")
     scan.add_argument("--names", action="store_true", help="print the paths of inputs that headers refuse")
@@ -76,10 +77,7 @@ def _add_data_verbs(data: Any) -> None:
 
     _add_quarantine(data)
 
-    verify = data.add_parser("verify", help="check a store or a pack: records, sizes, checksums")
-    verify.add_argument("store", type=Path)
-    verify.add_argument("--deep", action="store_true", help="decode every chunk and compare content hashes")
-    verify.set_defaults(verb=_verify)
+    _add_verify(data)
 
     listing = data.add_parser(
         "list",
@@ -95,6 +93,17 @@ def _add_data_verbs(data: Any) -> None:
     stats.add_argument("--json", action="store_true", help="for scripts")
     stats.set_defaults(verb=lambda o: _data("stats", o.store, o.json))
 
+    report = data.add_parser("report", help="a page that shows what a store holds and refused; needs no network")
+    report.add_argument("store", type=Path)
+    report.add_argument("--out", type=Path, default=Path("report.html"), help="the page (default: %(default)s)")
+    report.add_argument("--leakage", type=Path, metavar="JSON", help="what `data leakage` wrote, to be shown in it")
+    report.add_argument(
+        "--sample", type=int, default=24, metavar="N", help="volumes to draw; 0: no pictures (default: %(default)s)"
+    )
+    report.add_argument("--seed", type=int, default=0, help="which volumes a sample means (default: %(default)s)")
+    report.add_argument("--json", action="store_true", help="print the numbers for scripts, write no page")
+    report.set_defaults(verb=lambda o: _data("report", o.store, o.out, o.leakage, o.sample, o.seed, o.json))
+
     push = data.add_parser("push", help="upload a store, a pack or an export to a bucket; run again to go on")
     push.add_argument("folder", type=Path, help="a store, a pack or an export")
     push.add_argument("url", help="s3://BUCKET/PREFIX or gs://BUCKET/PREFIX")
@@ -107,10 +116,11 @@ def _add_data_verbs(data: Any) -> None:
     pull.set_defaults(verb=lambda o: _data("pull", o.url, o.store))
 
     add_pack(data)
+    add_peek(data)
 
 
 def _add_build_options(build: Any) -> None:
-    build.add_argument("source", type=Path)
+    build.add_argument("source", help="a folder, a list, or s3://BUCKET/PREFIX")
     build.add_argument("store", type=Path)
     build.add_argument(
         "--spacing", type=_spacing, metavar="MM", help="resample: one number, or z,y,x (default: native)"
@@ -125,6 +135,23 @@ def _add_build_options(build: Any) -> None:
     build.add_argument(
         "--hold-out", action="append", default=[], metavar="PATH", help="keep copies of these volumes out; repeatable"
     )
+
+
+def _add_verify(data: Any) -> None:
+    verify = data.add_parser("verify", help="check every byte of a store or a pack; mend a store from its source")
+    verify.add_argument("store", type=Path)
+    verify.add_argument("--deep", action="store_true", help="also decode every chunk and compare with the manifest")
+    verify.add_argument("--sample", type=_share, default=1.0, metavar="1%", help="only a share of the volumes")
+    verify.add_argument("--seed", type=int, default=0, help="which volumes a share means (default: %(default)s)")
+    verify.add_argument("--workers", type=int, help="threads (default: one a core)")
+    verify.add_argument("--json", action="store_true", help="for scripts")
+    verify.add_argument(
+        "--repair", metavar="SOURCE", help="build damaged volumes again from what the store was built from"
+    )
+    verify.add_argument(
+        "--key", type=Path, help="file with the secret behind pseudonyms, for --repair (default: your own)"
+    )
+    verify.set_defaults(verb=_verify)
 
 
 def _add_quarantine(data: Any) -> None:
@@ -185,12 +212,29 @@ def _build_config(options: argparse.Namespace) -> BuildConfig:
     return check_config(BuildConfig, values, "data build")
 
 
+def _share(text: str) -> float:
+    """`1%` or `0.01`: above 0 and up to all."""
+    try:
+        share = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        share = 0.0
+    if not 0 < share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no share of the volumes; write it as 1% or 0.01")
+    return share
+
+
 def _verify(options: argparse.Namespace) -> int:
     from mim_scale.streaming.pack_verify import is_pack
 
     if is_pack(options.store):
+        if options.repair is not None or options.sample < 1 or options.json:
+            raise ConfigError(f"{options.store}: is a pack; --repair, --sample and --json are for stores")
         return verify_pack(options.store, options.deep)
-    return _data("verify", options.store, options.deep)
+    if options.workers is not None and options.workers < 1:
+        raise ConfigError(f"--workers is {options.workers}, expected 1 or more")
+    values = {name: getattr(options, name) for name in ("deep", "seed", "workers", "json", "repair")}
+    key_file = str(options.key) if options.key is not None else None
+    return _data("verify", options.store, values | {"share": options.sample, "key_file": key_file})
 
 
 def _export(options: argparse.Namespace) -> int:

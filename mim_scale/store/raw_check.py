@@ -1,4 +1,4 @@
-"""Every byte of a stored volume as it lies on disk: metadata, shard indexes, checksums of chunks; nothing is decoded."""
+"""Every byte of a stored volume as it lies on disk: metadata, indexes, checksums of chunks; nothing is decoded."""
 
 import os
 import threading
@@ -10,7 +10,14 @@ import google_crc32c
 import numpy as np
 from numpy.typing import NDArray
 
-from mim_scale.store.array_format import INNER_CHUNK, NUM_LEVELS, array_metadata, group_metadata, metadata_bytes, shard_shape
+from mim_scale.store.array_format import (
+    INNER_CHUNK,
+    NUM_LEVELS,
+    array_metadata,
+    group_metadata,
+    metadata_bytes,
+    shard_shape,
+)
 from mim_scale.store.array_store import METADATA
 from mim_scale.store.geometry import Size3, blocks, level_geometry, num_voxels, size3, whole_box
 from mim_scale.store.manifest import Row
@@ -85,7 +92,7 @@ def _shard_faults(path: Path, name: str, level: int, shape: Size3, shard: Size3)
     try:
         with open(path, "rb", buffering=0) as file:
             for chunk, what in _file_faults(file.fileno(), shape, shard):
-                yield Fault(level, name, f"level {level}, {f'chunk {chunk} ' if chunk else ''}(file {name}): {what}")
+                yield Fault(level, name, f"level {level}{f', chunk {chunk}' if chunk else ''} (file {name}): {what}")
     except FileNotFoundError:
         yield Fault(level, name, f"level {level} (file {name}): is missing")
     except OSError as error:
@@ -106,7 +113,8 @@ def _file_faults(file: int, shape: Size3, shard: Size3) -> Iterator[tuple[Size3 
         return
     first = [place * count for place, count in zip(shard, grid, strict=True)]
     end = 0
-    entries = np.frombuffer(index[:-_CRC_BYTES], "<u8").reshape(-1, 2)
+    # A copy: the next chunk that is read takes the place of these bytes.
+    entries = index[:-_CRC_BYTES].view("<u8").reshape(-1, 2).copy()
     # In the order in which they lie, so that each must begin where the last one ended.
     for number in np.argsort(entries[:, 0], kind="stable"):
         chunk = size3(a + int(b) for a, b in zip(first, np.unravel_index(number, grid), strict=True))
@@ -132,17 +140,17 @@ def _file_faults(file: int, shape: Size3, shard: Size3) -> Iterator[tuple[Size3 
 
 def _read(file: int, length: int, offset: int) -> NDArray[np.uint8] | None:
     """So many bytes; None where the file ends before. They are overwritten by this thread's next call."""
-    buffer = getattr(_local, "buffer", None)
-    if buffer is None or len(buffer) < length:
+    held: NDArray[np.uint8] | None = getattr(_local, "buffer", None)
+    if held is None or len(held) < length:
         # One buffer a thread, as large as the largest chunk: it stays in the processor's cache.
-        _local.buffer = buffer = np.empty(max(length, 1 << 19), np.uint8)
-    done = 0
+        _local.buffer = held = np.empty(max(length, 1 << 19), np.uint8)
+    data, done = held[:length], 0
     while done < length:
-        count = os.preadv(file, [memoryview(buffer)[done:length]], offset + done)
+        count = os.preadv(file, [data[done:].data], offset + done)
         if not count:
             return None
         done += count
-    return np.asarray(buffer[:length])
+    return data
 
 
 def _holds(data: NDArray[np.uint8]) -> bool:

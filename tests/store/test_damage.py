@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mim_scale.errors import DamagedError, StoreError
+from mim_scale.store.array_format import FORMAT_VERSION
 from mim_scale.store.array_store import VolumeReader, write_volume
 from mim_scale.store.geometry import Box, whole_box
 from tests.synthetic import make_volume
@@ -160,9 +161,9 @@ def test_another_shape_than_the_manifest_says(folder):
 
 def test_another_format_version(folder):
     values = json.loads((folder / "zarr.json").read_text())
-    values["attributes"]["mim_scale"]["format_version"] = 2
+    values["attributes"]["mim_scale"]["format_version"] = FORMAT_VERSION + 1
     (folder / "zarr.json").write_text(json.dumps(values))
-    with pytest.raises(StoreError, match="format version 2, this program reads 1"):
+    with pytest.raises(StoreError, match=f"format version {FORMAT_VERSION + 1}, this program reads {FORMAT_VERSION}"):
         read(folder)
 
 
