@@ -36,8 +36,14 @@ class SourceFiles(Protocol):
         """
         ...
 
-    def descriptions(self, entries: Sequence[Entry], names: frozenset[str]) -> AbstractContextManager[Path]:
-        """A folder in which files of these names can be read, and in which all others have their place."""
+    def descriptions(
+        self, entries: Callable[[], Iterator[Entry]], names: frozenset[str]
+    ) -> AbstractContextManager[Path]:
+        """A folder in which files of these names can be read, and in which all others have their place.
+
+        Args:
+            entries: gives all files, again whenever it is called.
+        """
         ...
 
 
@@ -60,7 +66,9 @@ class _InFolder:
     def headers(self, batch: list[Entry], below: Callable[[str], Sequence[Entry]]) -> AbstractContextManager[Path]:
         return nullcontext(self._root)
 
-    def descriptions(self, entries: Sequence[Entry], names: frozenset[str]) -> AbstractContextManager[Path]:
+    def descriptions(
+        self, entries: Callable[[], Iterator[Entry]], names: frozenset[str]
+    ) -> AbstractContextManager[Path]:
         return nullcontext(self._root)
 
 
@@ -95,6 +103,8 @@ class _InBucket:
         folders = {posixpath.dirname(entry.path) for entry in batch if entry.path.lower().endswith(_NAMING)}
         return staged_headers(self._storage, batch, (entry for folder in sorted(folders) for entry in below(folder)))
 
-    def descriptions(self, entries: Sequence[Entry], names: frozenset[str]) -> AbstractContextManager[Path]:
-        named = [entry for entry in entries if posixpath.basename(entry.path) in names]
-        return staged_headers(self._storage, named, entries if named else ())
+    def descriptions(
+        self, entries: Callable[[], Iterator[Entry]], names: frozenset[str]
+    ) -> AbstractContextManager[Path]:
+        named = [entry for entry in entries() if posixpath.basename(entry.path) in names]
+        return staged_headers(self._storage, named, entries() if named else ())
