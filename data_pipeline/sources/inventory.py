@@ -220,11 +220,15 @@ class Inventory:
         self._refuse_no_image()
 
     def _described(self) -> Described:
-        with self._files.descriptions(self._entries_of("WHERE 1"), DESCRIPTIONS) as root:
+        with self._files.descriptions(self._all, DESCRIPTIONS) as root:
             try:
                 return find_descriptions(root, self._names())
             except SourceError as error:
                 raise SourceError(str(error).replace(str(root), self._files.address)) from None
+
+    def _all(self) -> Iterator[Entry]:
+        for path, size, version in self._lists.execute("SELECT path, size, version FROM files"):
+            yield Entry(os.fsdecode(path), size, version)
 
     def _entries_of(self, where: str, values: tuple[Any, ...] = ()) -> list[Entry]:
         rows = self._lists.execute(f"SELECT path, size, version FROM files {where}", values)
