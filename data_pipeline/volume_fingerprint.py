@@ -23,7 +23,7 @@ _WINDOW_HU = (-160, 240)
 """What any window for soft tissue keeps: beyond it, copies may have lost everything."""
 CELL_MM = 4.0
 _BLUR_MM = 5.0
-"""Standard deviation of the picture in which marks are looked for, the voxel's own width included: slices of up to 10 mm reach it."""
+"""Standard deviation of the picture that marks are looked for in, the voxels' own width included."""
 _BLOB_MM = 5.0
 _FRAME_MM = 8.0
 _REACH_CELLS = 4
@@ -202,11 +202,11 @@ _OFFSETS = _offsets()
 _PAIRS = _pairs(len(_OFFSETS))
 
 
-def _comparisons(
-    picture: NDArray[np.float32], at: NDArray[np.float64], frame: NDArray[np.uint8]
-) -> NDArray[np.bool_]:
+def _comparisons(picture: NDArray[np.float32], at: NDArray[np.float64], frame: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """NxBITS: in each mark's own frame, whether one sample around it is brighter than another."""
     places = at[:, None, :] + _OFFSETS @ FRAMES[frame].astype(np.float64)
     samples = ndimage.map_coordinates(picture, np.moveaxis(places, 2, 0), order=1, mode="nearest")
+    # The slope set the frame, so it says nothing more: without it marks along one edge would look alike.
+    samples -= samples @ _OFFSETS @ _OFFSETS.T / (_OFFSETS**2).sum(0)[0]
     brighter: NDArray[np.bool_] = samples[:, _PAIRS[:, 0]] > samples[:, _PAIRS[:, 1]]
     return brighter
