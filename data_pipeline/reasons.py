@@ -37,6 +37,7 @@ class Reason(StrEnum):
     CONSTANT = "constant"
     HU_IMPLAUSIBLE = "hu_implausible"
     DUPLICATE = "duplicate"
+    HELD_OUT = "held_out"
     WORKER_DIED = "worker_died"
     IO_ERROR = "io_error"
 

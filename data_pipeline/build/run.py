@@ -20,9 +20,10 @@ from data_pipeline.build.ledger import (
 )
 from data_pipeline.build.plan import Estimate, estimate, make_tasks, part_of, settings
 from data_pipeline.build.standing import Standing, read_standing, refuse_foreign, refuse_overlap, waivers_of
-from data_pipeline.build.tables import Tables, collect, find_groups
+from data_pipeline.build.tables import Tables, collect, compare
 from data_pipeline.build.task import Task, build_volume
 from data_pipeline.deidentify import PseudonymKey, deidentification_record
+from data_pipeline.hold_out import HoldOut
 from data_pipeline.pseudonym_key import load_key
 from data_pipeline.sources.inventory import Inventory, kept_headers
 from mim_scale.config import BuildConfig
@@ -112,6 +113,7 @@ class _Build:
     inventory: Inventory
     waivers: dict[str, str]
     before: Standing
+    hold_out: HoldOut
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -140,6 +142,7 @@ class _Build:
         asked = settings(self.config, self.pseudonyms.check)
         return asked | {
             "min_slices": self.config.min_slices,
+            "hold_out": [side.digest for side in self.hold_out.sides],
             "waivers": self.waivers,
             "deidentification": deidentification_record(self.pseudonyms),
         }
@@ -159,7 +162,7 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
         refuse_overlap(root, store)
         refuse_foreign(store)
         before = read_standing(store)
-        build = _Build(config, load_key(_path(config.key_file)), inventory, waivers_of(store, before), before)
+        build = _prepare(config, inventory, before)
         digest = build.pseudonyms.digest([tree, build.settings()])
         finished = _finished_outcome(store, before, digest)
         if finished is not None:
@@ -183,8 +186,14 @@ def plan_build(config: BuildConfig, progress: Progress) -> Estimate:
         refuse_foreign(store)
         before = read_standing(store)
         inventory.read_headers(progress.looked, config.workers or 1)
-        build = _Build(config, load_key(_path(config.key_file)), inventory, waivers_of(store, before), before)
+        build = _prepare(config, inventory, before)
         return estimate(build.tasks(), config, ledger)
+
+
+def _prepare(config: BuildConfig, inventory: Inventory, before: Standing) -> _Build:
+    key = load_key(Path(config.key_file) if config.key_file is not None else None)
+    hold_out = HoldOut.load(map(Path, config.hold_out), key)
+    return _Build(config, key, inventory, waivers_of(Path(config.store), before), before, hold_out)
 
 
 def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
@@ -199,10 +208,11 @@ def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
         if build.part is not None:
             return _part_outcome(build, ledger, reasons)
         tables = collect(build.tasks(), ledger)
-        keys = {kept.key for kept in tables.kept}
         _refuse_nothing(inventory.address, tables)
-        _refuse_other_source(build, keys)
-        find_groups(store, tables)
+        _refuse_other_source(build, {kept.key for kept in tables.kept})
+        compare(store, tables, build.hold_out, build.pseudonyms.check)
+        _refuse_nothing(inventory.address, tables)
+        keys = {kept.key for kept in tables.kept}
         fingerprint = commit_dataset(store, tables.rows(), tables.quarantine(), build.settings(), tables.fingerprints())
         if not tables.may_pass:
             # What could not be read this time may be back the next: until then its volume stays where it is.
@@ -334,10 +344,6 @@ def _finished_outcome(store: Path, before: Standing, digest: str) -> Outcome | N
         str(before.record["fingerprint"]),
         was_complete=True,
     )
-
-
-def _path(text: str | None) -> Path | None:
-    return Path(text) if text is not None else None
 
 
 def _make_volumes_folder(store: Path) -> None:

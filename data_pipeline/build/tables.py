@@ -13,6 +13,7 @@ from pathlib import Path
 from data_pipeline.build.ledger import FOLDER, Ledger
 from data_pipeline.build.task import Task
 from data_pipeline.duplicates import groups
+from data_pipeline.hold_out import HoldOut
 from data_pipeline.reasons import PASSING, Reason
 from mim_scale.store.manifest import FingerprintRow, QuarantineRow, Row, iter_fingerprints, write_fingerprints
 
@@ -25,6 +26,8 @@ class _Kept:
     task_key: bytes
     subject: bytes
     """8 bytes: a table or description says so; empty where the header's stands."""
+    is_known: bool
+    """Whether anything says whose it is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +57,29 @@ class Tables:
         """One input more for the quarantine."""
         self.refused.append(_Refused(source_key, task_key, None if is_of_task else found))
         self.reasons[str(found[0])] += 1
+
+    def hold_out(self, held: dict[str, str]) -> None:
+        """Refuse these volumes, by key, for these details."""
+        if not held:
+            return
+        kept, self.kept = self.kept, []
+        self.bytes_raw = self.bytes_stored = self.num_unknown_subjects = 0
+        self.subjects.clear()
+        for one in kept:
+            result = self.ledger.at(one.task_key)
+            if one.key in held:
+                self.refuse(result.source_key, one.task_key, (Reason.HELD_OUT, held[one.key]))
+            elif result.row is not None:
+                self.keep(one, result.row)
+        self.refused.sort(key=lambda refused: refused.source_key)
+
+    def keep(self, kept: _Kept, row: Row) -> None:
+        """One volume more for the manifest."""
+        self.kept.append(kept)
+        self.bytes_raw += row.bytes_raw
+        self.bytes_stored += row.bytes_stored
+        self.num_unknown_subjects += not kept.is_known
+        self.subjects.add(kept.subject.hex() or row.subject)
 
     @property
     def may_pass(self) -> bool:
@@ -107,19 +133,15 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
             continue
         seen.add(content)
         listed = task.pseudonyms.pseudonym("listed", task.source.subject) if task.source.subject else ""
-        subject = listed or row.subject
-        tables.kept.append(_Kept(row.key, task_key, bytes.fromhex(listed)))
-        tables.bytes_raw += row.bytes_raw
-        tables.bytes_stored += row.bytes_stored
-        tables.subjects.add(subject)
-        tables.num_unknown_subjects += subject == task.pseudonyms.pseudonym("volume", row.content_hash)
+        is_known = bool(listed) or row.subject != task.pseudonyms.pseudonym("volume", row.content_hash)
+        tables.keep(_Kept(row.key, task_key, bytes.fromhex(listed), is_known), row)
     tables.kept.sort(key=lambda kept: kept.key)
     tables.refused.sort(key=lambda refused: refused.source_key)
     return tables
 
 
-def find_groups(store: Path, tables: Tables) -> None:
-    """Fill in whose volumes stay on one side of a split: of one subject, of one series, of equal voxels, near-copies.
+def compare(store: Path, tables: Tables, hold_out: HoldOut, key_check: str) -> None:
+    """Compare the volumes with one another and with what is to be kept out; fill in groups, move copies to the refused.
 
     A large search runs in a process of its own, so that its memory is gone when the tables are written.
     """
@@ -127,19 +149,22 @@ def find_groups(store: Path, tables: Tables) -> None:
     write_fingerprints(table, tables.fingerprints())
     try:
         if len(tables.kept) < _ENOUGH_FOR_A_PROCESS:
-            tables.groups = _groups(table)
+            tables.groups, held = _search(table, hold_out, key_check)
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                tables.groups = pool.submit(_groups, table).result()
+                tables.groups, held = pool.submit(_search, table, hold_out, key_check).result()
     finally:
         table.unlink()
+    tables.hold_out(held)
 
 
 _ENOUGH_FOR_A_PROCESS = 500
 
 
-def _groups(table: Path) -> dict[str, str]:
-    """The group of each volume whose group is not its subject."""
+def _search(table: Path, hold_out: HoldOut, key_check: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The group of each volume whose group is not its subject, and why a volume is held out."""
     rows = tuple(iter_fingerprints(table))
     found = groups(rows)
-    return {row.key: found[row.key] for row in rows if found[row.key] != row.subject}
+    held = hold_out.matches(rows, key_check) if hold_out.sides else {}
+    details = {key: f"{why.evidence}: {why.key} of {why.list_name}" for key, why in held.items()}
+    return {row.key: found[row.key] for row in rows if found[row.key] != row.subject}, details

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.build.run import Outcome, Silent, plan_build, run_build
 from mim_scale.cli import run
-from mim_scale.errors import StoreError
+from mim_scale.errors import SourceError, StoreError
 from mim_scale.store.dataset import Dataset
 from tests.pipeline.sources import config, phantom, write_image
 from tests.pipeline.test_build import Inline
@@ -169,3 +169,21 @@ def test_copies_of_one_scan_stay_on_one_side(source: Path, store: Path, tmp_path
     assert len({row.subject for row in outcome.rows}) == 2
     assert len({row.group for row in outcome.rows}) == 1
     assert any("have copies under another subject" in note for note in outcome.notes)
+
+
+def test_what_is_held_out_is_kept_out_and_the_row_says_why(source: Path, store: Path, tmp_path: Path) -> None:
+    for seed in (21, 22):
+        write_image(source / f"{seed}.nii.gz", phantom(seed))
+    benchmark = tmp_path / "benchmark"
+    write_image(benchmark / "test case.nii.gz", phantom(21), "PIR")
+    all_of_it = _build(source, store)
+    outcome = run_build(config(source, store, hold_out=(str(benchmark),)), Silent())
+    assert outcome.num_volumes == all_of_it.num_volumes - 1
+    assert outcome.num_sources == outcome.num_volumes + outcome.num_quarantined
+    (held,) = (row for row in outcome.quarantine if row.reason == "held_out")
+    assert held.detail.startswith("same_voxels: ")
+    assert "test case" not in held.detail
+    assert len(list((store / "volumes").iterdir())) == outcome.num_volumes
+    assert run_build(config(source, store, hold_out=(str(benchmark),)), Silent()).was_complete
+    with pytest.raises(SourceError, match="no such store, folder, image or list"):
+        run_build(config(source, store, hold_out=(str(tmp_path / "gone"),)), Silent())
