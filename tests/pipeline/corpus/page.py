@@ -19,7 +19,7 @@ Written by `make bad-inputs`; do not edit. Each line is a folder that tests/pipe
 by one mutation, read beside a healthy file that must be accepted every time. *Accepted* means that voxels and place
 were compared with what the input truly holds; the words after it are what the manifest row records. *Refused* names the
 reason code of the quarantine row. Cases run in processes with limits (30 seconds, 1 GiB), so that a crash or a hang
-would stand in the last column.
+would stand in the last column, where what was not expected is bold.
 
 Not found, because nothing in a file says it: sizes swapped along two axes of equal voxel size, a scan mirrored together
 with its header, and a shift of HU by much less than 1000.
@@ -39,7 +39,7 @@ def page(got: Mapping[str, Got]) -> str:
         lines += ["", f"## {family}", "", "| mutation | expected | got |", "|---|---|---|"]
         for case in cases:
             outcomes = got[case.key].outcomes
-            told = "as expected" if outcomes == case.expected else f"**{_shown(outcomes)}**"
+            told = _shown(outcomes) if outcomes == case.expected else f"**{_shown(outcomes)}**"
             lines.append(f"| {case.name.replace('|', ' ')} | {_shown(case.expected)} | {told} |")
     return "\n".join(lines) + "\n"
 
