@@ -37,6 +37,9 @@ suite: $(READY)
 
 bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.build
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.verify
 
 bad-inputs: $(READY)  ## every bad input, what must become of it and what does: docs/bad-inputs.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.corpus.page

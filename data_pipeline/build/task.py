@@ -166,7 +166,8 @@ def _rounded(volume: Volume) -> Volume:
 
 def _write(task: Task, prepared: _Prepared) -> Row:
     volume = prepared.volume
-    content = content_hash(volume)
+    same_voxels = voxel_hash(volume)
+    content = content_hash(volume, same_voxels)
     key = volume_key(content)
     folder = volume_folder(Path(task.store), key)
     try:
@@ -184,7 +185,7 @@ def _write(task: Task, prepared: _Prepared) -> Row:
         study=_pseudonym(task, "study", prepared.identity.study),
         series=_pseudonym(task, "series", prepared.identity.series),
         content_hash=content,
-        voxel_hash=voxel_hash(volume),
+        voxel_hash=same_voxels,
         shape=volume.shape,
         spacing_mm=volume.spacing_mm,
         affine=tuple(float(number) for number in volume.affine.ravel()),

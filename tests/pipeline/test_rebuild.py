@@ -184,12 +184,12 @@ def test_verify_says_what_mends_what(source: Path, store: Path, capsys: pytest.C
     shutil.rmtree(volume_folder(store, row.key))
     assert run(["data", "verify", str(store)]) == 3
     shown = capsys.readouterr().out
-    assert "delete the folder volumes/VOLUME.zarr" in shown
+    assert "--repair SOURCE" in shown
     assert " -1 " not in shown
     (store / "manifest.parquet").write_bytes(b"")
     assert run(["data", "verify", str(store)]) == 3
     shown = capsys.readouterr().out
-    assert "delete" not in shown
+    assert "--repair" not in shown
     assert "run the same `data build`" in shown
 
 
