@@ -23,7 +23,7 @@ from data_pipeline.reasons import Rejected, reading_failed
 from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
-from data_pipeline.volume_fingerprint import VERSION, volume_fingerprint
+from data_pipeline.volume_fingerprint import FRAMES, VERSION, volume_fingerprint
 from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError
 from mim_scale.store.dataset import FINGERPRINTS, RECORD, Dataset, read_table
@@ -209,6 +209,7 @@ def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict
                 "score": round(link.match.score, 2),
                 "marks_in_common": link.match.num_marks,
                 "suspected": suspected(link),
+                "relation": FRAMES[link.match.relation].tolist(),
                 "shift_mm": [round(step, 1) for step in link.match.shift_mm],
             }
         if with_names:

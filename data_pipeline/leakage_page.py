@@ -78,7 +78,7 @@ def _hits(values: dict[str, Any], corpus: Side, benchmark: Side, with_pictures: 
     hits = values["hits"]
     if not hits:
         return ""
-    heads = ("in the corpus", "in the benchmark", "evidence", "score", "middle slices: corpus, benchmark")
+    heads = ("in the corpus", "in the benchmark", "evidence", "score", "the same place in both, where it is known")
     lines = []
     for place, hit in enumerate(hits):
         shown = _pair(corpus, benchmark, hit) if with_pictures and place < MOST_PICTURES else ""
@@ -131,21 +131,30 @@ def _limits(values: dict[str, Any]) -> str:
 
 
 def _pair(corpus: Side, benchmark: Side, hit: dict[str, Any]) -> str:
+    ours, theirs = corpus.picture(hit["corpus_key"]), benchmark.picture(hit["benchmark_key"])
     shown = []
-    for name, side, key in (("corpus", corpus, hit["corpus_key"]), ("benchmark", benchmark, hit["benchmark_key"])):
-        volume = side.picture(key)
+    for name, volume, place in (("corpus", ours, _place_in_corpus(hit, ours, theirs)), ("benchmark", theirs, None)):
         if volume is not None:
             shown.append(
-                f"<figure><img alt='middle slice' width='{_SIDE_PIXELS}' src='{_data_uri(middle_slice(volume))}'>"
+                f"<figure><img alt='axial slice' width='{_SIDE_PIXELS}' src='{_data_uri(axial_slice(volume, place))}'>"
                 f"<figcaption>{name}</figcaption></figure>"
             )
     return f"<div class='pair'>{''.join(shown)}</div>" if shown else "<small>no voxels at hand</small>"
 
 
-def middle_slice(volume: Volume) -> NDArray[np.uint8]:
-    """The middle slice as a square 8-bit picture: patient's right on the left, front at the top, millimetres true."""
+def _place_in_corpus(hit: dict[str, Any], ours: Volume | None, theirs: Volume | None) -> int | None:
+    """The slice of the corpus volume that shows what the middle slice of the benchmark image shows."""
+    if "relation" not in hit or ours is None or theirs is None:
+        return None
+    middle = np.array([len(theirs.voxels) // 2, *(size // 2 for size in theirs.shape[1:])]) * theirs.spacing_mm
+    there = (middle - np.array(hit["shift_mm"])) @ np.array(hit["relation"]).T
+    return int(np.clip(round(float(there[0] / ours.spacing_mm[0])), 0, len(ours.voxels) - 1))
+
+
+def axial_slice(volume: Volume, place: int | None = None) -> NDArray[np.uint8]:
+    """A slice, or the middle one, as a square 8-bit picture: right on the left, front at the top, millimetres true."""
     low, high = _WINDOW_HU
-    plane = volume.voxels[len(volume.voxels) // 2][::-1, ::-1].astype(np.float32)
+    plane = volume.voxels[len(volume.voxels) // 2 if place is None else place][::-1, ::-1].astype(np.float32)
     grey = (np.clip(plane, low, high) - low) / (high - low) * 255
     sizes = np.array(grey.shape) * volume.spacing_mm[1:]
     scale = _SIDE_PIXELS / sizes.max()
