@@ -238,7 +238,7 @@ def test_the_tree_of_a_dicomdir_holds_no_volume(unpacked: Callable[[str], Path])
     assert find_sources(root).num_ignored == 1
     # By its content it is known under any name.
     (root / "DICOMDIR").rename(root / "index")
-    assert _refusals(root)["index"][0] == "no_pixels"
+    assert _refusals(root)["index"] == ("no_pixels", "a DICOMDIR: an index of other files, no image")
 
 
 def _as_volume(path: Path, folder: Path) -> Scan:

@@ -143,11 +143,11 @@ def test_one_slice_of_another_plane_size_or_spacing_is_found(stack, random):
 
 def test_directions_that_are_nearly_right_are_made_right():
     """Cosines written with two decimals are not of unit length: their error must not get into spacing or shear."""
-    stack = _stack((0, 0, 30), 2.0, 6, (0, 0, 0), (0.8, 0.8))
+    stack = _stack((12, -37, 20), 2.0, 6, (0, 0, 0), (0.8, 0.8))
     rounded = [replace(slice_, orientation=tuple(round(n, 2) for n in slice_.orientation)) for slice_ in stack]  # type: ignore[arg-type]
     _, affine = stack_slices(rounded)
     steps = np.linalg.norm(affine[:3, :3], axis=0)
-    np.testing.assert_allclose(steps, (0.8, 0.8, 2.0), rtol=1e-9)
+    np.testing.assert_allclose(steps, (0.8, 0.8, 2.0), rtol=1e-4)
     np.testing.assert_allclose((affine[:3, :3] / steps).T @ (affine[:3, :3] / steps), np.eye(3), atol=1e-9)
 
 

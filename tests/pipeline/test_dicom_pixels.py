@@ -70,6 +70,13 @@ def test_any_slice_is_scaled_as_arithmetic_says(pixels, slope, intercept, paddin
     assert ("rescaled" in repairs) == (slope != 1)
 
 
+@pytest.mark.parametrize(("stored", "intercept"), [(64512, -65536), (0, -1024), (65535, -40000), (40000, -40000)])
+def test_intercepts_beyond_16_bits_give_16_bit_hu_where_these_fit(stored: int, intercept: int) -> None:
+    hu = to_hu(np.full((3, 3), stored, np.uint16), Rescale(1.0, float(intercept), None), set())
+    assert hu.dtype == np.int16
+    assert (hu == stored + intercept).all()
+
+
 @pytest.mark.parametrize("slope", [np.inf, 1e300, np.nan])
 def test_a_rescale_without_usable_numbers_is_refused(slope):
     with pytest.raises(Rejected) as caught:

@@ -199,6 +199,18 @@ def test_a_wrong_length_in_the_header_is_refused_not_believed(tmp_path: Path) ->
             read_source(tmp_path, source)
 
 
+def test_a_dicomdir_is_known_by_its_class_under_any_name(tmp_path: Path) -> None:
+    write_series(tmp_path, SERIES)
+    path = next(tmp_path.iterdir())
+    file = pydicom.dcmread(path)
+    file.file_meta.MediaStorageSOPClassUID = "1.2.840.10008.1.3.10"
+    for name in ("SOPClassUID", "Modality", "Rows", "Columns", "PixelData"):
+        delattr(file, name)
+    file.save_as(path)
+    (other,) = [source for source in find_sources(tmp_path).sources if len(source.files) == 1]
+    assert other.problem == (Reason.NO_PIXELS, "a DICOMDIR: an index of other files, no image")
+
+
 def test_dicom_inside_gzip_is_refused_with_what_to_do(tmp_path: Path) -> None:
     write_series(tmp_path / "series", SERIES)
     path = next((tmp_path / "series").iterdir())
