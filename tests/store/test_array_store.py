@@ -15,7 +15,8 @@ from mim_scale.errors import StoreError
 from mim_scale.store.array_format import shard_shape
 from mim_scale.store.array_store import VolumeReader, folder_bytes, pyramid, write_volume
 from mim_scale.store.geometry import Box, whole_box
-from mim_scale.store.volume import AIR_HU, FORBIDDEN_HU, Volume, content_hash, volume_key
+from mim_scale.store.manifest import HU_EDGES
+from mim_scale.store.volume import AIR_HU, FORBIDDEN_HU, Volume, content_hash, hu_histogram, volume_key, voxel_hash
 from tests.synthetic import make_affine, make_volume
 
 SHAPE = (70, 130, 66)
@@ -137,3 +138,16 @@ def test_content_hash_sees_every_part_and_no_layout():
         dataclasses.replace(volume, affine=volume.affine + 0.1),
     ]
     assert len({content_hash(other) for other in [volume, *others]}) == 5
+
+
+def test_content_hash_takes_a_known_voxel_hash():
+    volume = make_volume((8, 9, 10))
+    assert content_hash(volume, voxel_hash(volume)) == content_hash(volume)
+    assert content_hash(volume, "00" * 32) != content_hash(volume)
+
+
+def test_hu_histogram_counts_every_voxel_once():
+    voxels = np.random.default_rng(0).integers(-32768, 32767, (5, 60, 70), dtype=np.int16)
+    voxels[0, 0, :6] = [-32768, -1024, -961, -960, 3071, 32767]
+    expected, _ = np.histogram(np.clip(voxels.astype(int), HU_EDGES[0], HU_EDGES[-1] - 1), HU_EDGES)
+    assert hu_histogram(voxels, HU_EDGES) == tuple(expected)
