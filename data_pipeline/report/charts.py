@@ -114,18 +114,17 @@ def _figure(title: str, summary: str, body: str, kind: str = "") -> str:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Four to nine round numbers from low to high."""
-    step = 10.0 ** math.floor(math.log10(max(high - low, 1e-9)))
-    for finer in (1, 2, 4, 5, 10):
-        if (high - low) / (step / finer) >= 3.5:
-            step /= finer
-            break
+    """Three to eight round numbers from low to high."""
+    step = 10.0 ** math.ceil(math.log10(max(high - low, 1e-9)))
+    while (high - low) / step < 3:
+        # 10, 5, 2.5, 1, ...
+        step /= 2.5 if f"{step:e}"[:3] == "2.5" else 2
     return [at * step for at in range(math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9) + 1)]
 
 
 def _short(number: float) -> str:
-    """A number in about three digits."""
+    """A number in about four digits."""
     number = float(number)
     if abs(number) >= 1000:
         return f"{number:,.0f}"
-    return f"{number:.3g}"
+    return f"{number:.4g}"
