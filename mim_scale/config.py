@@ -35,6 +35,7 @@ Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0)]
 Weights = Annotated[tuple[Rate, ...], BeforeValidator(_as_tuple)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Ints = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 Spacing = Annotated[
     tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]],
@@ -333,7 +334,7 @@ class BuildConfig(Section):
     """Do only part 3 of 16, written 3/16, and commit nothing; a build without it then commits the whole."""
     key_file: str | None = None
     """The secret behind all pseudonyms; null takes $MIM_SCALE_KEY_FILE, or the user's own, made at first use."""
-    hold_out: tuple[str, ...] = ()
+    hold_out: Strings = ()
     """Stores, folders of images or fingerprint lists: what resembles a volume of theirs is kept out."""
 
 
