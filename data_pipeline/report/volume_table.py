@@ -64,11 +64,12 @@ def volume_table(listed: Sequence[Listed], num_volumes: int) -> str:
         for name, kind in ((name.lstrip(">"), ' class="n"' if name.startswith(">") else "") for name in _COLUMNS)
     )
     return (
-        f"<p>{words}. Spacing and thickness in mm; an empty cell means that no header said it.</p>"
+        f"<p>{words}. Spacing and thickness in mm. An empty cell: no header says it, the volume is no outlier, or its "
+        "subject shares no near-copy.</p>"
         '<form class="filter" id="filter-form" hidden><label for="filter">Show rows that contain</label>'
         '<input id="filter" type="search" placeholder="all of these words, such as siemens face" autocomplete="off">'
         '<output id="filter-count" for="filter"></output></form>'
-        f'<p class="printed">Printed are the first 50 of these rows.</p>'
+        '<p class="printed">Printed are the first 50 of these rows.</p>'
         '<div class="scroll" tabindex="0" role="region" aria-label="Table of volumes"><table id="volume-table">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(map(_table_row, listed))}</tbody></table></div>"
     )
