@@ -34,6 +34,8 @@ from mim_scale.store.volume import AIR_HU, Volume, content_hash, volume_key, vox
 _HU_LOW, _HU_HIGH = -100, 100
 """Voxels in HU reach beyond both; windowed ones in another scale do not reach below the first."""
 _WINDOWS = ((-160, 240), (-1000, 400), (-1000, 1000), (-1024, 3071))
+_STORED_TISSUE = 1000
+"""Stored values that no intercept was applied to: water lies at 1024."""
 _TISSUES_HU = (-90, 40)
 """Fat and muscle: the commonest value of a body is one of them."""
 KEY_CHECK = b"mim_scale.key_check"
@@ -180,6 +182,8 @@ def as_hu(voxels: NDArray[np.generic]) -> list[NDArray[np.generic]]:
     counts, edges = np.histogram(inside, 200, (0.0, float(np.quantile(inside, 0.999))))
     commonest = float(edges[counts.argmax()] + edges[counts.argmax() + 1]) / 2
     guesses += [unit * np.float32((tissue + 1000) / commonest) - np.float32(1000) for tissue in _TISSUES_HU]
+    if values.dtype.kind in "iu" and high > _STORED_TISSUE:
+        guesses.insert(0, values.astype(np.float32) + np.float32(AIR_HU))
     return [np.clip(guess, AIR_HU, 30000) for guess in guesses]
 
 

@@ -29,6 +29,8 @@ _FRAME_MM = 8.0
 _REACH_CELLS = 4
 _BORDER_MM = 10.0
 _LEAST_BLOB_HU = 2.0
+_AIR_MARGIN_HU = 20
+_ROOM_MM = 32.0
 
 FRAMES = np.array(
     [
@@ -65,13 +67,13 @@ def volume_fingerprint(volume: Volume) -> bytes:
 
 def fingerprint_of(voxels: NDArray[Any], spacing_mm: Spacing3) -> bytes:
     """The fingerprint of voxels (z, y, x) in HU of any real type."""
-    picture = _picture(voxels, spacing_mm)
+    picture, start_mm = _picture(voxels, spacing_mm)
     at, strength = _blobs(picture)
     frame, clear = _frames(picture, at)
     chosen = _spread(at, strength * clear)
     at, frame = at[chosen], frame[chosen]
     marks = np.zeros(len(at), _MARK)
-    marks["at"] = np.rint(at * CELL_MM)
+    marks["at"] = np.rint(at * CELL_MM + start_mm)
     marks["frame"] = frame
     marks["bits"] = np.packbits(_comparisons(picture, at, frame), axis=1)
     return bytes([VERSION]) + marks.tobytes()
@@ -89,20 +91,33 @@ def unpack(fingerprint: bytes) -> Marks:
     return Marks(marks["at"].copy(), marks["frame"].copy(), np.ascontiguousarray(marks["bits"]).view("<u8"))
 
 
-def _picture(voxels: NDArray[Any], spacing_mm: Spacing3) -> NDArray[np.float32]:
-    """Soft-tissue HU on a grid of CELL_MM whose first cell is the first voxel's centre, blurred to _BLUR_MM."""
+def _picture(voxels: NDArray[Any], spacing_mm: Spacing3) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
+    """Soft-tissue HU on a grid of CELL_MM, blurred to _BLUR_MM, and how far its first cell is from the first voxel."""
     # Whole blocks of voxels first: most of the work is then done on an eighth of the data or less.
     by = [max(1, int(3.0 / step)) if size >= 16 else 1 for step, size in zip(spacing_mm, voxels.shape, strict=True)]
     small = _block_means(voxels, by)
     steps = [step * k for step, k in zip(spacing_mm, by, strict=True)]
+    small, first = _without_air(small, steps)
     sigma = [np.sqrt(max(_BLUR_MM**2 - step**2 / 12, 0.0)) / step for step in steps]
     small = ndimage.gaussian_filter(small, sigma, mode="nearest", truncate=3.0)
-    # Cell j lies j * CELL_MM from the first voxel's centre; the first block's centre lies (k - 1) / 2 voxels from it.
     scale = [CELL_MM / step for step in steps]
-    offset = [-(k - 1) / 2 / k for k in by]
-    shape = [int((size - 1) * step // CELL_MM) + 1 for size, step in zip(voxels.shape, spacing_mm, strict=True)]
-    picture: NDArray[np.float32] = ndimage.affine_transform(small, scale, offset, tuple(shape), order=1, mode="nearest")
-    return picture
+    shape = tuple(int((size - 1) * step // CELL_MM) + 1 for size, step in zip(small.shape, steps, strict=True))
+    picture: NDArray[np.float32] = ndimage.affine_transform(small, scale, 0.0, shape, order=1, mode="nearest")
+    # The centre of the first block lies (k - 1) / 2 voxels from that of the first voxel.
+    return picture, np.array([n * s + (s - s / k) / 2 for n, s, k in zip(first, steps, by, strict=True)])
+
+
+def _without_air(small: NDArray[np.float32], steps: list[float]) -> tuple[NDArray[np.float32], list[int]]:
+    """The box around what is no air, with room for every blur, and its first block: air is flat and says nothing."""
+    is_tissue = small > _WINDOW_HU[0] + _AIR_MARGIN_HU
+    box, first = [], []
+    for axis, step in enumerate(steps):
+        places = np.flatnonzero(is_tissue.any(tuple(other for other in range(3) if other != axis)))
+        room = int(np.ceil(_ROOM_MM / step))
+        low = max(int(places[0]) - room, 0) if len(places) else 0
+        box.append(slice(low, int(places[-1]) + room + 1 if len(places) else 1))
+        first.append(low)
+    return np.ascontiguousarray(small[tuple(box)]), first
 
 
 def _block_means(voxels: NDArray[Any], by: list[int]) -> NDArray[np.float32]:

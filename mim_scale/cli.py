@@ -115,6 +115,7 @@ def _add_data_verbs(data: Any) -> None:
     pull.add_argument("store", type=Path)
     pull.set_defaults(verb=lambda o: _data("pull", o.url, o.store))
 
+    _add_leakage(data)
     add_pack(data)
     add_peek(data)
 
@@ -174,6 +175,29 @@ def _add_quarantine(data: Any) -> None:
         one.set_defaults(
             verb=lambda o, action=action: _data("quarantine", action, o.store, tuple(o.keys), o.reason, o.names, o.json)
         )
+
+
+def _add_leakage(data: Any) -> None:
+    sides = "a store, a folder of images, or a list made by `data fingerprints`"
+    leakage = data.add_parser("leakage", help="certify which images of a benchmark are in a corpus")
+    leakage.add_argument("corpus", type=Path, help=sides)
+    leakage.add_argument("benchmark", type=Path, help=sides)
+    leakage.add_argument("--out", type=Path, default=Path(), help="folder for leakage.json and .html (default: here)")
+    leakage.add_argument("--key", type=Path, help="file with the key of the pseudonyms (default: the user's own)")
+    leakage.add_argument("--names", action="store_true", help="name the files that were found, where a side has files")
+    leakage.add_argument("--no-pictures", action="store_true", help="leave middle slices out of the page")
+    leakage.add_argument("--fail-on-leak", action="store_true", help="exit with 3 where a leak is found (default: 0)")
+    leakage.set_defaults(
+        verb=lambda o: _data(
+            "leakage", o.corpus, o.benchmark, o.out, o.key, o.names, not o.no_pictures, o.fail_on_leak
+        )
+    )
+
+    fingerprints = data.add_parser("fingerprints", help="list volumes to hold out or compare with, without images")
+    fingerprints.add_argument("source", type=Path, help="a store or a folder of images")
+    fingerprints.add_argument("out", type=Path, metavar="OUT.parquet")
+    fingerprints.add_argument("--key", type=Path, help="file with the key of the pseudonyms (default: the user's own)")
+    fingerprints.set_defaults(verb=lambda o: _data("fingerprints", o.source, o.out, o.key))
 
 
 def _data(verb: str, *values: Any) -> int:

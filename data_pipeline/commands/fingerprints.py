@@ -23,9 +23,7 @@ def fingerprints(source: Path, out: Path, key_file: Path | None = None) -> int:
     data = list_bytes(side)
     write_file(Path(out), data)
     shown = console()
-    shown.print(
-        f"{out}: fingerprints of {len(side.keys)} images, {shown_bytes(len(data))}; it carries no images"
-    )
+    shown.print(f"{out}: fingerprints of {len(side.keys)} images, {shown_bytes(len(data))}; it carries no images")
     if side.refused:
         shown.print(f"{len(side.refused)} inputs could not be read and are not in the list: {side.refused[0][0]}, ...")
     return 0

@@ -23,7 +23,7 @@ def person(seed: int, shape: tuple[int, int, int] = (60, 100, 110)) -> Volume:
     for sigma in (2.0, 4.0, 8.0):
         noise = ndimage.gaussian_filter(random.normal(size=shape), sigma)
         hu += 60 * noise / noise.std()
-    z, y, x = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
+    _, y, x = np.meshgrid(*(np.linspace(-1, 1, size) for size in shape), indexing="ij")
     hu[y**2 + x**2 > 0.9] = -1000
     return volume(np.clip(hu, -1024, 3000).astype(np.int16), (3.0, 2.0, 2.0))
 
