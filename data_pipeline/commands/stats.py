@@ -12,7 +12,7 @@ def stats(store: Path | str, as_json: bool = False) -> int:
     Raises:
         StoreError: no store there.
     """
-    from mim_scale.store.verify import stats as collect
+    from mim_scale.store.stats import stats as collect
 
     values = collect(Path(store))
     if as_json:

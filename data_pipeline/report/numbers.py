@@ -21,6 +21,7 @@ from data_pipeline.report.outliers import (
 from mim_scale.errors import DamagedError
 from mim_scale.store.dataset import MANIFEST, QUARANTINE, read_record, table_path
 from mim_scale.store.manifest import HU_EDGES, QuarantineRow, Row, iter_rows, read_quarantine
+from mim_scale.store.stats import NOT_SAID
 
 Progress = Callable[[int, int], None]
 """Called with (rows done, rows to do)."""
@@ -58,10 +59,12 @@ class Numbers:
     num_bytes: dict[str, int]
     """source, raw and stored."""
     num_subjects: int
+    num_groups: int
+    """Of subjects that stay on one side of a split; most hold one."""
     num_inputs: int
     """Different source keys of both tables."""
     counts: dict[str, Counter[str]]
-    """Volumes by manufacturer, model, kernel, format, flag and repair."""
+    """Volumes by what they have, under the names that `data stats` gives."""
     refused: Counter[str]
     """Refused inputs by reason."""
     examples: dict[str, list[QuarantineRow]]
@@ -92,8 +95,11 @@ class Numbers:
                 "refused": self.num_refused,
                 "each_has_one_row": self.num_inputs == self.num_volumes + self.num_refused,
             },
+            "num_volumes": self.num_volumes,
             "num_subjects": self.num_subjects,
-            "bytes": self.num_bytes,
+            "num_groups": self.num_groups,
+            "num_quarantined": self.num_refused,
+            **{f"bytes_{name}": count for name, count in self.num_bytes.items()},
             "distributions": {name: distribution(self.columns[name]) for name in self.columns},
             "hu": {
                 "min": self.hu_range[0],
@@ -102,7 +108,7 @@ class Numbers:
                 "voxels": self.hu_voxels.tolist(),
             },
             **{name: dict(sorted(count.items())) for name, count in self.counts.items()},
-            "refused": dict(sorted(self.refused.items())),
+            "quarantine_reasons": dict(sorted(self.refused.items())),
             "duplicates": self.refused["duplicate"],
             "groups": [dict(zip(("group", "subjects", "volumes"), group, strict=True)) for group in self.groups],
             "outliers": {
@@ -184,10 +190,9 @@ class _Gathered:
         self.shares[self.count - 1] = voxels / max(1, int(voxels.sum()))
         self.hu_range = min(self.hu_range[0], row.hu_min), max(self.hu_range[1], row.hu_max)
         self.num_bytes.update(source=row.bytes_source, raw=row.bytes_raw, stored=row.bytes_stored)
-        for name in ("manufacturer", "model", "kernel"):
-            self.counts[name][getattr(row, name) or "not said"] += 1
-        self.counts["tube_kv"][f"{row.tube_kv:g}" if row.tube_kv else "not said"] += 1
-        self.counts["source_format"][row.source_format] += 1
+        for name in ("source_format", "manufacturer", "model", "kernel"):
+            self.counts[f"{name}s"][getattr(row, name) or NOT_SAID] += 1
+        self.counts["tube_kv"][f"{row.tube_kv:g}" if row.tube_kv else NOT_SAID] += 1
         self.counts["flags"].update(row.flags)
         self.counts["repairs"].update(row.repairs)
         self.contents.append(bytes.fromhex(row.content_hash))
@@ -222,10 +227,11 @@ class _Gathered:
             digest=hashlib.sha256("\n".join(content.hex() for content in sorted(self.contents)).encode()).hexdigest(),
             num_bytes=dict(self.num_bytes),
             num_subjects=len(self.subjects),
+            num_groups=len(self.group_volumes),
             num_inputs=len(self.inputs),
             counts={
                 name: self.counts[name]
-                for name in ("manufacturer", "model", "kernel", "tube_kv", "source_format", "flags", "repairs")
+                for name in ("source_formats", "manufacturers", "models", "kernels", "tube_kv", "flags", "repairs")
             },
             refused=reasons,
             examples=dict(examples),

@@ -16,11 +16,11 @@ from data_pipeline.report.volume_table import Listed, volume_table
 from mim_scale.store.manifest import HU_EDGES, Row
 
 _COUNT_TITLES = {
-    "manufacturer": "Manufacturers",
-    "model": "Scanners",
-    "kernel": "Kernels",
+    "manufacturers": "Manufacturers",
+    "models": "Scanners",
+    "kernels": "Kernels",
     "tube_kv": "Tube voltage (kV)",
-    "source_format": "Source formats",
+    "source_formats": "Source formats",
     "flags": "Flags: what to know before using or publishing",
     "repairs": "Repairs: what was changed on the way in",
 }
