@@ -24,11 +24,12 @@ from data_pipeline.sources.source import Format, Source
 SCAN = "pyradiomics/lung_1.nrrd"
 FILES: dict[str, tuple[str, Format]] = {
     "int16.nii": ("int16", "nifti"),
-    "int16.nii.gz": ("int16", "nifti"),
-    "float32.nii.gz": ("float32", "nifti"),
+    "packed16.nii.gz": ("int16", "nifti"),
+    "packed32.nii.gz": ("float32", "nifti"),
     "int16.nrrd": ("int16", "nrrd"),
     "int16.mha": ("int16", "mha"),
 }
+"""Each of its own stem: where scan.nii lies beside scan.nii.gz, SimpleITK opens the first for the second."""
 
 
 def write_files(folder: Path) -> None:
