@@ -87,7 +87,7 @@ class PseudonymKey:
         return hmac.new(self.secret, b"mim-scale key check", hashlib.sha256).hexdigest()[:8]
 
     def digest(self, values: Any) -> str:
-        """64 hex digits that stand for JSON values: without the key nobody can tell whether a guess at them is right."""
+        """64 hex digits for JSON values: without the key nobody can tell whether a guess at them is right."""
         return hmac.new(self.secret, json.dumps(values, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
     def pseudonym(self, kind: str, name: str) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-import mim_scale
 from data_pipeline.canonical import canonical
 from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.duplicates import IDENTITY, LEAST_SCORE, Evidence, Link, links
@@ -223,7 +223,7 @@ def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict
     values: dict[str, Any] = {
         "format": "mim-scale leakage certificate",
         "format_version": 1,
-        "mim_scale": mim_scale.__version__,
+        "mim_scale": version("mim-scale"),
         "volume_fingerprint_version": VERSION,
         "least_score": LEAST_SCORE,
         "corpus": _told(corpus),

@@ -1,4 +1,4 @@
-"""An archive as people have it: every volume file and every DICOM slice of a data folder in one flat, shuffled folder."""
+"""An archive as people have it: every volume file and every DICOM slice of a folder in one flat, shuffled folder."""
 
 import os
 import random
