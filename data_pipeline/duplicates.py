@@ -16,6 +16,8 @@ from mim_scale.store.manifest import FingerprintRow
 
 LEAST_SCORE = 3.5
 """Of near-copies; set on one half of the patients of docs/benchmarks/2026-11-24-leakage.md."""
+CERTAIN_SCORE = 8.0
+"""Of near-copies that join groups: joins chain, so one false alarm in ten thousand pairs would make one group of all."""
 _FAR_BITS = 16
 """Marks of one place differ in a few bits of 128; from here on they count nothing."""
 _EXPECTED_SHARE = 0.1
@@ -253,7 +255,7 @@ def links(a: Sequence[FingerprintRow], b: Sequence[FingerprintRow] | None, same_
 def groups(rows: Iterable[FingerprintRow]) -> dict[str, str]:
     """Of each volume's key the group whose volumes stay on one side of a split: the smallest subject in it.
 
-    Volumes of one subject, of one series, of equal voxels, and near-copies are in one group.
+    Volumes of one subject, of one series, of equal voxels, and certain near-copies are in one group.
     """
     rows = list(rows)
     parents = list(range(len(rows)))
@@ -273,7 +275,7 @@ def groups(rows: Iterable[FingerprintRow]) -> dict[str, str]:
         for name in ("subject", "series", "voxel_hash"):
             if value := getattr(row, name):
                 join(first.setdefault((name, value), i), i)
-    for match in find_copies([row.fingerprint for row in rows]):
+    for match in find_copies([row.fingerprint for row in rows], least_score=CERTAIN_SCORE):
         join(match.a, match.b)
     names: dict[int, str] = {}
     for i, row in enumerate(rows):

@@ -29,7 +29,8 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto
 h1 { font-size: 1.5rem; } h2 { font-size: 1.15rem; margin-top: 2.2rem; }
 .verdict { padding: 1rem; border-left: 6px solid; background: var(--soft); font-size: 1.15rem; }
 .leak { border-color: #c62828; } .clean { border-color: #2e7d32; } .part { border-color: #b26a00; }
-table { border-collapse: collapse; width: 100%; } td, th { padding: .45rem .6rem; border-bottom: 1px solid var(--line); }
+table { border-collapse: collapse; width: 100%; }
+td, th { padding: .45rem .6rem; border-bottom: 1px solid var(--line); }
 td, th { text-align: left; vertical-align: top; }
 td.number { text-align: right; } code { font-size: .85rem; overflow-wrap: anywhere; }
 img { background: #000; display: block; } figure { margin: 0; } figcaption { font-size: .8rem; opacity: .75; }
@@ -123,7 +124,9 @@ def _limits(values: dict[str, Any]) -> str:
     lines = [
         *values["not_compared"],
         "pieces of less than about 120 mm, or with little soft tissue in them, may be missed; so may copies whose "
-        "voxel size is wrong; recall and false alarms were measured in docs/benchmarks/2026-11-24-leakage.md",
+        "voxel size is wrong. On planted copies of real CT, 98.2 and 100 % (two halves) were found; of 10,000 pairs of "
+        "different patients, most of them heads at coarse voxels, 14 and 2 were false alarms, all below a score of 6.1: "
+        "look at hits of low score (docs/benchmarks/2026-11-24-leakage.md)",
     ]
     return (
         "<h2>What this does not cover</h2><ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>"
