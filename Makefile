@@ -33,20 +33,22 @@ contracts: $(READY)
 	$(BIN)/lint-imports
 
 suite: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 10
 
 bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.build
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.codecs
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.verify
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.scale
 
 bad-inputs: $(READY)  ## every bad input, what must become of it and what does: docs/bad-inputs.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.corpus.page
 
-soak: $(READY)  ## the long golden runs that the suite leaves out, and fuzzing of the readers
+soak: $(READY)  ## the long golden runs that the suite leaves out, fuzzing of the readers, builds that are killed
 	OMP_NUM_THREADS=1 MIM_SCALE_ALL_GOLDEN=1 $(BIN)/python -m pytest tests/models/test_golden.py
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.fuzz_readers --seconds 120
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.kill_builds
 
 clean:
 	rm -rf $(VENV) runs/demo stores/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
