@@ -15,9 +15,9 @@ from data_pipeline.volume_fingerprint import FRAMES, Marks, unpack
 from mim_scale.store.manifest import FingerprintRow
 
 LEAST_SCORE = 3.5
-"""Of near-copies; set on one half of the patients of docs/benchmarks/2026-11-24-leakage.md."""
+"""Of near-copies; docs/benchmarks/2026-11-24-leakage.md has what it finds and what it takes for one."""
 CERTAIN_SCORE = 8.0
-"""Of near-copies that join groups: joins chain, so one false alarm in ten thousand pairs would make one group of all."""
+"""Of near-copies that join groups: joins chain, so a few false alarms could make one group of all."""
 _FAR_BITS = 16
 """Marks of one place differ in a few bits of 128; from here on they count nothing."""
 _EXPECTED_SHARE = 0.1

@@ -125,7 +125,7 @@ def _limits(values: dict[str, Any]) -> str:
         *values["not_compared"],
         "pieces of less than about 120 mm, or with little soft tissue in them, may be missed; so may copies whose "
         "voxel size is wrong. On planted copies of real CT, 98.2 and 100 % (two halves) were found; of 10,000 pairs of "
-        "different patients, most of them heads at coarse voxels, 14 and 2 were false alarms, all below a score of 6.1: "
+        "different patients, mostly heads at coarse voxels, 14 and 2 were false alarms, all below a score of 6.1; "
         "look at hits of low score (docs/benchmarks/2026-11-24-leakage.md)",
     ]
     return (
