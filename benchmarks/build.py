@@ -221,7 +221,7 @@ def nnunet() -> Callable[[Path, Path], None]:
     import numpy as np
     import SimpleITK as sitk
     from nnunetv2.preprocessing.preprocessors.default_preprocessor import DefaultPreprocessor
-    from nnunetv2.training.dataloading.nnunet_dataset import nnUNetDatasetBlosc2
+    from nnunetv2.training.dataloading.nnunet_dataset import comp_blosc2_params, nnUNetDatasetBlosc2
     from nnunetv2.utilities.plans_handling.plans_handler import PlansManager
 
     intensities = {"mean": 0.0, "std": 300.0, "percentile_00_5": -1000.0, "percentile_99_5": 1000.0}
@@ -239,7 +239,7 @@ def nnunet() -> Callable[[Path, Path], None]:
             manager.get_configuration("3d_fullres"),
             {"labels": {"background": 0}},
         )
-        block, chunk = nnUNetDatasetBlosc2.comp_blosc2_params(data.shape, (128, 128, 128), data.itemsize)
+        block, chunk = comp_blosc2_params(data.shape, (128, 128, 128), data.itemsize)
         nnUNetDatasetBlosc2.save_case(data, seg, properties, str(out / "v"), chunks=chunk, blocks=block)
 
     return store
@@ -258,6 +258,8 @@ def _nnunet_plans(spacing: list[float], intensities: dict[str, float]) -> dict[s
         "resampling_fn_data_kwargs": arguments,
         "resampling_fn_seg_kwargs": arguments | {"is_seg": True, "order": 1},
         "patch_size": [128, 128, 128],
+        # Never built: without it these plans pass for those of an old version.
+        "architecture": {"network_class_name": "", "arch_kwargs": {}, "_kw_requires_import": []},
     }
     return {
         "plans_name": "plans",
