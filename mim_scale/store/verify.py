@@ -1,4 +1,4 @@
-"""Is every committed byte still there and as it was; and what does a dataset hold, in numbers."""
+"""Is every committed byte still there and as it was."""
 
 import hashlib
 import math
@@ -9,7 +9,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -197,47 +196,3 @@ def _statistics(volume: Volume, voxels: str, row: Row) -> dict[str, bool]:
         "hu_mean": math.isclose(mean, row.hu_mean, rel_tol=1e-9, abs_tol=1e-6),
         "hu_histogram": hu_histogram(volume.voxels, HU_EDGES) == row.hu_histogram,
     }
-
-
-def stats(path: Path) -> dict[str, Any]:
-    """What a dataset holds, as plain numbers: counts, bytes, and quantiles over volumes.
-
-    Raises:
-        StoreError: there is no dataset at that path.
-    """
-    dataset = Dataset.open(path)
-    rows = dataset.rows
-    bytes_raw, bytes_stored = sum(row.bytes_raw for row in rows), sum(row.bytes_stored for row in rows)
-    return {
-        "path": str(path),
-        "fingerprint": dataset.fingerprint,
-        "num_volumes": len(rows),
-        "num_subjects": len({row.subject for row in rows}),
-        "num_quarantined": len(dataset.quarantine),
-        "quarantine_reasons": _counts([row.reason for row in dataset.quarantine]),
-        "source_formats": _counts([row.source_format for row in rows]),
-        "repairs": _counts([repair for row in rows for repair in row.repairs]),
-        "bytes_raw": bytes_raw,
-        "bytes_stored": bytes_stored,
-        "compression_ratio": bytes_raw / bytes_stored,
-        "shape": _by_axis([row.shape for row in rows]),
-        "spacing_mm": _by_axis([row.spacing_mm for row in rows]),
-        "hu": {
-            "min": min(row.hu_min for row in rows),
-            "max": max(row.hu_max for row in rows),
-            "mean": _quantiles([row.hu_mean for row in rows]),
-        },
-    }
-
-
-def _counts(names: Sequence[str]) -> dict[str, int]:
-    return {name: names.count(name) for name in sorted(set(names))}
-
-
-def _by_axis(triples: Sequence[tuple[float, float, float]]) -> dict[str, dict[str, float]]:
-    return {axis: _quantiles([triple[i] for triple in triples]) for i, axis in enumerate("zyx")}
-
-
-def _quantiles(values: Sequence[float]) -> dict[str, float]:
-    names = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
-    return {name: round(float(np.quantile(values, at)), 4) for name, at in names.items()}

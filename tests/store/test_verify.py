@@ -1,4 +1,4 @@
-"""verify finds what is wrong and nothing else; stats counts."""
+"""verify finds what is wrong and nothing else."""
 
 import dataclasses
 import re
@@ -15,7 +15,7 @@ from mim_scale.errors import StoreError
 from mim_scale.store.array_store import folder_bytes
 from mim_scale.store.dataset import Dataset, commit_dataset, volume_folder
 from mim_scale.store.manifest import QuarantineRow
-from mim_scale.store.verify import Problem, sampled, stats, strangers, verify
+from mim_scale.store.verify import Problem, sampled, strangers, verify
 from tests.synthetic import make_dataset, make_volume, store_volume
 
 SHAPES = ((20, 30, 40), (20, 30, 40), (70, 20, 20))
@@ -212,17 +212,3 @@ def test_damaged_tables_are_problems_and_no_store_is_an_error(dataset, tmp_path)
     assert [(problem.key, problem.level) for problem in problems] == [("", -1)]
     with pytest.raises(StoreError, match="no such store"):
         verify(tmp_path / "nothing", deep=False)
-
-
-def test_stats(dataset):
-    numbers = stats(dataset.path)
-    assert numbers["num_volumes"] == numbers["num_subjects"] == 3
-    assert numbers["num_quarantined"] == 1
-    assert numbers["quarantine_reasons"] == {"not_ct": 1}
-    assert numbers["bytes_raw"] == sum(2 * z * y * x for z, y, x in SHAPES)
-    assert numbers["compression_ratio"] == pytest.approx(numbers["bytes_raw"] / numbers["bytes_stored"])
-    assert numbers["shape"]["z"]["median"] == 20
-    assert numbers["shape"]["z"]["max"] == 70
-    assert numbers["spacing_mm"]["z"]["min"] == 2.5
-    assert numbers["hu"]["min"] == -1024
-    assert set(numbers["hu"]["mean"]) == {"min", "q25", "median", "q75", "max"}
