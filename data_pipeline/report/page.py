@@ -32,9 +32,9 @@ class Picture:
 
     row: Row
     image: str
-    """A data URI; empty where the volume is damaged."""
+    """A data URI; empty where the volume is damaged or no pictures were asked for."""
     problem: str = ""
-    """One line, where there is no image."""
+    """One line, where it is damaged."""
     why: tuple[str, ...] = ()
     """What is unusual."""
 
@@ -212,7 +212,7 @@ def _outliers(contents: Contents) -> str:
         return f'<p class="good">No volume is an outlier.</p><p class="soft">{how}</p>'
     hidden = found - shown
     words = f"{found:,} of {contents.numbers.num_volumes:,} volumes are outliers, the most unusual ones first" + (
-        f"; {hidden:,} are not shown as pictures" if hidden else ""
+        f"; {hidden:,} not shown here, the table below has the first of them" if hidden else ""
     )
     return f'<p>{words}.</p><p class="soft">{how}</p>{_pictures(contents.outliers)}'
 
@@ -240,7 +240,7 @@ def _picture(picture: Picture) -> str:
         "(−160 to 240 HU) above and a lung window (−1350 to 150 HU) below"
     )
     image = f'<img src="{picture.image}" alt="{words}" loading="lazy">' if picture.image else ""
-    image = image or f'<p class="none">{escape(picture.problem or "no pictures were asked for")}</p>'
+    image = f'<p class="none">{escape(picture.problem)}</p>' if picture.problem else image
     flags = [flag.replace("_", " ") for flag in row.flags]
     made = ", ".join(filter(None, (row.manufacturer, row.model, row.kernel, *flags)))
     return (

@@ -240,7 +240,7 @@ def test_what_is_left_out_is_said(store: Path, odd: Row, tmp_path: Path, monkeyp
     make.make_report(store, tmp_path / "r.html", num_sample=2)
     outline = Outline((tmp_path / "r.html").read_text())
     assert "5 of 12 volumes: 7 are not on this page" in outline.text
-    assert "1 are not shown as pictures" in outline.text
+    assert "; 1 not shown here" in outline.text
     listed = [tag["id"] for tag in outline.all("tr") if "id" in tag]
     assert len(listed) == 5
     assert listed[0] == f"v-{odd.key}"
