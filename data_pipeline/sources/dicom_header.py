@@ -48,6 +48,26 @@ _FURTHEST_MM = 1e5
 _GREY = frozenset({"", "MONOCHROME1", "MONOCHROME2"})
 
 
+_LARGE_BYTES = 1 << 16
+"""Of one read, from which on it is worth to ask how much of the file is left."""
+
+
+class _Bounded:
+    """A file of which no more is asked for than is left: memory for the 4 GB that a header claims is never taken."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self.seek, self.tell = file.seek, file.tell
+
+    def read(self, size: int = -1) -> bytes:
+        if size > _LARGE_BYTES:
+            place = self._file.tell()
+            left = self._file.seek(0, os.SEEK_END) - place
+            self._file.seek(place)
+            size = min(size, max(0, left))
+        return self._file.read(size)
+
+
 class Header(Protocol):
     """A data set, or one frame's view of it."""
 
@@ -64,10 +84,11 @@ def read_header(file: BinaryIO, only: list[int] | None = None) -> tuple[Any, int
 
     The place is DEFLATED, or None where the file ends before it. Any exception means that the file cannot be read.
     """
-    header = pydicom.dcmread(file, stop_before_pixels=True, force=True, specific_tags=only)
+    bounded: Any = _Bounded(file)
+    header = pydicom.dcmread(bounded, stop_before_pixels=True, force=True, specific_tags=only)
     if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
         file.seek(0)
-        header = pydicom.dcmread(file, force=True, specific_tags=only and [*only, _PIXEL_DATA_TAG])
+        header = pydicom.dcmread(bounded, force=True, specific_tags=only and [*only, _PIXEL_DATA_TAG])
         return header, DEFLATED if _PIXEL_DATA_TAG in header else None
     start = file.tell()
     return header, start if file.read(4) in _PIXEL_DATA else None

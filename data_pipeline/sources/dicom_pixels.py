@@ -44,6 +44,10 @@ _ITEM, _DELIMITER = b"\xfe\xff\x00\xe0", b"\xfe\xff\xdd\xe0"
 _CODED_HEADER_BYTES = 4096
 _FRAME_MARKERS = frozenset({*range(0xC0, 0xD0), 0xF7} - {0xC4, 0xC8, 0xCC})
 """Markers of JPEG and JPEG-LS that are followed by the size of the image."""
+_ENDED = frozenset({*JPEGLSTransferSyntaxes, *(_JPEG + end for end in ("50", "51", "53", "55", "57", "70"))})
+"""JPEG and JPEG-LS: decoders make up what a frame without its end lacks, or search for it for seconds. JPEG 2000 is not
+among them: archives hold whole frames of it without their end, and its decoder refuses those that are cut."""
+_END_OF_IMAGE = b"\xff\xd9"
 _SPARE_BYTES = 16
 """By which pixel data may be longer than their image: writers pad them."""
 
@@ -159,30 +163,39 @@ def fault_of(stored: Stored) -> str | None:
     with open(stored.path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         _, start, length = _element(file, stored)
-        if length == _UNDEFINED:
-            if stored.syntax.is_encapsulated:
-                return _fragments_fault(file, size, stored)
-            return "its pixels contradict its transfer syntax"
+        if stored.syntax.is_encapsulated:
+            end = size if length == _UNDEFINED else start + length
+            return "it is cut short" if end > size else _fragments_fault(file, end, stored)
+    if length == _UNDEFINED:
+        return "its pixels contradict its transfer syntax"
     expected = stored.num_frames * stored.size[0] * stored.size[1] * stored.bits[0] // 8
-    if start + length > size or (not stored.syntax.is_encapsulated and length < expected):
+    if start + length > size or length < expected:
         return "it is cut short"
-    if not stored.syntax.is_encapsulated and length > expected + _SPARE_BYTES:
+    if length > expected + _SPARE_BYTES:
         return "it holds more pixels than its header says"
     return None
 
 
-def _fragments_fault(file: BinaryIO, size: int, stored: Stored) -> str | None:
-    """Follow the fragments of compressed pixels to their end: decoders make up what is missing from the last one."""
+def _fragments_fault(file: BinaryIO, end: int, stored: Stored) -> str | None:
+    """Follow the fragments of compressed pixels to their end: decoders make up what is missing from a frame."""
+    num_ends, last = 0, b""
     for index in itertools.count():
-        head = file.read(8)
-        if head[:4] == _DELIMITER or (not head and file.tell() == size):
-            return None if index > 1 else "it is cut short"
-        if head[:4] != _ITEM or len(head) < 8:
+        head = file.read(8) if file.tell() < end else b""
+        if head[:4] == _DELIMITER or not head:
+            is_whole = index > 1 and (stored.syntax not in _ENDED or num_ends >= stored.num_frames)
+            return None if is_whole else "it is cut short"
+        first = file.tell()
+        following = first + int.from_bytes(head[4:], "little")
+        if head[:4] != _ITEM or len(head) < 8 or following > end:
             return "it is cut short"
-        following = file.tell() + int.from_bytes(head[4:], "little")
         # The first item is the table of offsets, the second one starts the first frame.
         if index == 1 and _coded_size(file.read(_CODED_HEADER_BYTES)) not in {None, stored.size}:
             return "its compressed pixels have another size than its header says"
+        if index > 0 and stored.syntax in _ENDED:
+            # A frame ends with a fragment, before its padding; the end itself may lie in two.
+            tail = last + file.read(following - file.seek(max(first, following - _SPARE_BYTES)))
+            num_ends += _END_OF_IMAGE in tail
+            last = tail[-1:]
         file.seek(following)
     return None
 

@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-from pydicom.uid import JPEG2000Lossless, JPEGLSLossless, RLELossless
+from pydicom.uid import UID, JPEG2000Lossless, JPEGLosslessSV1, JPEGLSLossless, RLELossless
 
 from data_pipeline.reasons import Reason, Rejected
-from data_pipeline.sources.dicom_pixels import Rescale, to_hu
+from data_pipeline.sources.dicom_pixels import Rescale, Stored, fault_of, to_hu
 from data_pipeline.sources.dicom_read import read_series
 from data_pipeline.sources.source import Scan
 from tests.pipeline.sources import Series, phantom, slice_position, with_tags, write_series
@@ -250,6 +250,35 @@ def test_a_cut_compressed_slice_refuses_the_series(tmp_path: Path, syntax: str, 
     assert reason == "unreadable"
     assert detail.startswith("1 file cannot be decoded (it is cut short)")
     assert ("1 of 4 slices missing" in detail) == (place == 1)
+
+
+_WHOLE, _OPEN = b"\xff\xd8" + bytes(40) + b"\xff\xd9", b"\xff\xd8" + bytes(40)
+
+
+@pytest.mark.parametrize("is_defined", [False, True])
+@pytest.mark.parametrize(
+    ("syntax", "fragments", "num_frames", "is_cut"),
+    [
+        (JPEGLSLossless, [_WHOLE], 1, False),
+        (JPEGLosslessSV1, [_WHOLE + bytes(6)], 1, False),
+        (JPEGLosslessSV1, [_OPEN, b"\0" + _WHOLE[-1:]], 1, True),
+        (JPEGLosslessSV1, [_WHOLE[:-1], _WHOLE[-1:] + b"\0"], 1, False),
+        (JPEGLosslessSV1, [_WHOLE, _OPEN, _WHOLE], 3, True),
+        (JPEGLSLossless, [_OPEN], 1, True),
+        (JPEG2000Lossless, [_OPEN], 1, False),
+    ],
+)
+def test_frames_of_jpeg_need_their_end(
+    tmp_path: Path, syntax: UID, fragments: list[bytes], num_frames: int, is_cut: bool, is_defined: bool
+) -> None:
+    """Before any decoder sees them: of what a frame lacks JPEG's makes up pixels, and that of JPEG-LS searches on."""
+    items = b"".join(b"\xfe\xff\x00\xe0" + len(item).to_bytes(4, "little") + item for item in (b"", *fragments))
+    length = len(items).to_bytes(4, "little") if is_defined else b"\xff\xff\xff\xff"
+    end = b"" if is_defined else b"\xfe\xff\xdd\xe0" + bytes(4)
+    path = tmp_path / "file"
+    path.write_bytes(b"\0\xe0\x7f\x10\x00OB\0\0" + length + items + end + bytes(2))
+    stored = Stored(path, syntax, 1, (4, 4), num_frames, (16, 16), True, False, False)
+    assert fault_of(stored) == ("it is cut short" if is_cut else None)
 
 
 @pytest.mark.parametrize("syntax", [JPEG2000Lossless, JPEGLSLossless])

@@ -1,6 +1,7 @@
 """Which DICOM files belong together: by what their headers say, never by luck; and nothing of it names anybody."""
 
 import gzip
+import io
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,6 +14,8 @@ import pytest
 from pydicom.uid import generate_uid
 
 from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.sources.dicom_header import read_header
+from data_pipeline.sources.dicom_read import read_series
 from data_pipeline.sources.dicom_series import DicomFacts, group_series, header_facts, is_dicom, sources_of
 from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
@@ -294,3 +297,25 @@ def test_descending_numbers_of_a_series_without_uid_are_one_run(tmp_path: Path) 
         file.InstanceNumber = 500 - 2 * int(file.InstanceNumber)
         file.save_as(path)
     assert read_source(tmp_path, only_source(tmp_path)).voxels.shape[2] == 18
+
+
+@pytest.mark.parametrize("length", [0x7FFFFFF0, 0xFFFFFFFE])
+def test_no_more_is_read_than_the_file_has(tmp_path: Path, length: int) -> None:
+    """An element that claims 4 GB would take them before its end is looked for."""
+    asked = []
+
+    class Asked(io.BytesIO):
+        def read(self, size: int | None = -1) -> bytes:
+            asked.append(size or 0)
+            return super().read(size)
+
+    (path,) = write_series(tmp_path, replace(SERIES, voxels=SERIES.voxels[:1]))
+    data = path.read_bytes()
+    place = data.index(b"\x10\x00\x10\x00PN")
+    data = data[:place] + b"\x10\x00\x10\x00UN\0\0" + length.to_bytes(4, "little") + data[place + 8 :]
+    assert read_header(Asked(data))[1] is None
+    assert 1 << 10 < max(asked) < len(data)
+    path.write_bytes(data)
+    with pytest.raises(Rejected) as caught:
+        read_series([path])
+    assert caught.value.reason == Reason.UNREADABLE
