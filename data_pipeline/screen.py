@@ -50,8 +50,9 @@ def screen(voxels: NDArray[np.int16], min_slices: int, waived: tuple[str, ...] =
     flags = set()
     for check in (
         _check_constant,
-        _check_range,
+        # Before the values: a thumbnail need not hold what every body holds.
         partial(_check_size, min_slices=min_slices),
+        _check_range,
         _check_offset,
         _check_dense,
     ):
