@@ -109,10 +109,14 @@ def test_no_verb_names_anybody(archive: Path, shell: Shell) -> None:
         ["verify", store, "--deep"],
         ["stats", store],
         ["stats", store, "--json"],
+        ["report", store, "--out", shell.folder / "pages" / "report.html"],
+        ["peek", store, "--out", shell.folder / "pages" / "peek.png"],
+        ["leakage", store, store, "--out", shell.folder / "pages" / "leakage"],
     )
     assert set(codes) == {0}
     shell.check_folder(store)
-    _check_cache(shell.folder / "cache")
+    shell.check_folder(shell.folder / "pages")
+    _check_cache(shell.folder / "cache" / "mim-scale")
     assert "113100" in (store / RECORD).read_text()
 
 

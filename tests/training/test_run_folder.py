@@ -57,6 +57,7 @@ def test_folder_that_cannot_be_made(tmp_path: Path) -> None:
 
 
 MAY = {
+    "data__pack": "packs/other",
     "output": "elsewhere",
     "data__store": "moved",
     "data__transport": "ray",
