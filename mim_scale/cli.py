@@ -188,9 +188,7 @@ def _add_leakage(data: Any) -> None:
     leakage.add_argument("--no-pictures", action="store_true", help="leave middle slices out of the page")
     leakage.add_argument("--fail-on-leak", action="store_true", help="exit with 3 where a leak is found (default: 0)")
     leakage.set_defaults(
-        verb=lambda o: _data(
-            "leakage", o.corpus, o.benchmark, o.out, o.key, o.names, not o.no_pictures, o.fail_on_leak
-        )
+        verb=lambda o: _data("leakage", o.corpus, o.benchmark, o.out, o.key, o.names, not o.no_pictures, o.fail_on_leak)
     )
 
     fingerprints = data.add_parser("fingerprints", help="list volumes to hold out or compare with, without images")
