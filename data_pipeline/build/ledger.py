@@ -108,7 +108,7 @@ class Ledger:
         self._folder = store / FOLDER
         self._path = self._folder / f"{_LEDGER}{'-' if part else ''}{part}.jsonl"
         self._files: list[IO[bytes]] = []
-        self._places: dict[bytes, tuple[int, int]] = {}
+        self._places: dict[bytes, int] = {}
         self._adding: IO[bytes] | None = None
         self._read()
 
@@ -145,12 +145,12 @@ class Ledger:
         self._adding.write(json.dumps(result.values()).encode() + b"\n")
         self._adding.flush()
         os.fsync(self._adding.fileno())
-        self._places[bytes.fromhex(result.key[:32])] = (len(self._files) - 1, start)
+        self._places[bytes.fromhex(result.key[:32])] = _place(len(self._files) - 1, start)
 
     def forget(self, source_keys: set[str]) -> int:
         """Let the next build try these sources again; how many of them were known comes back."""
-        known = {place: result for place in self._places.values() if (result := self._read_at(place)) is not None}
-        found = {result.source_key for result in known.values()} & source_keys
+        results = (self._read_at(place) for place in self._places.values())
+        found = {result.source_key for result in results if result is not None} & source_keys
         with _open_for_adding(self._path) as file:
             for source_key in sorted(found):
                 file.write(json.dumps({"forget": source_key}).encode() + b"\n")
@@ -165,10 +165,10 @@ class Ledger:
             self._files.append(file)
             start = 0
             for line in file:
-                self._note(line, (len(self._files) - 1, start), keys_of)
+                self._note(line, _place(len(self._files) - 1, start), keys_of)
                 start += len(line)
 
-    def _note(self, line: bytes, place: tuple[int, int], keys_of: dict[str, list[bytes]]) -> None:
+    def _note(self, line: bytes, place: int, keys_of: dict[str, list[bytes]]) -> None:
         try:
             values = json.loads(line)
             if "forget" in values:
@@ -183,14 +183,22 @@ class Ledger:
             keys_of.setdefault(result.source_key, []).append(key)
             self._places[key] = place
 
-    def _read_at(self, place: tuple[int, int]) -> TaskResult | None:
-        number, start = place
+    def _read_at(self, place: int) -> TaskResult | None:
+        number, start = place >> _START_BITS, place & ((1 << _START_BITS) - 1)
         file = self._files[number]
         file.seek(start)
         try:
             return TaskResult.from_values(json.loads(file.readline()))
         except (ValueError, KeyError, TypeError, IndexError):
             return None
+
+
+_START_BITS = 48
+
+
+def _place(number: int, start: int) -> int:
+    """Which file, and where a line begins in it, as one number: there is one for every task."""
+    return number << _START_BITS | start
 
 
 def _open_for_adding(path: Path) -> IO[bytes]:

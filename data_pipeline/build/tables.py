@@ -6,6 +6,7 @@ Numbers are held for each volume, never rows: those are read from the ledger aga
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -15,6 +16,7 @@ from data_pipeline.build.task import Task
 from data_pipeline.duplicates import groups
 from data_pipeline.hold_out import HoldOut
 from data_pipeline.reasons import PASSING, Reason
+from mim_scale.errors import StoreError
 from mim_scale.store.manifest import FingerprintRow, QuarantineRow, Row, iter_fingerprints, write_fingerprints
 
 
@@ -51,7 +53,7 @@ class Tables:
     bytes_raw: int = 0
     bytes_stored: int = 0
     num_unknown_subjects: int = 0
-    subjects: set[str] = field(default_factory=set)
+    subjects: set[bytes] = field(default_factory=set)
 
     def refuse(self, source_key: str, task_key: bytes, found: tuple[str, str], is_of_task: bool = False) -> None:
         """One input more for the quarantine."""
@@ -79,7 +81,7 @@ class Tables:
         self.bytes_raw += row.bytes_raw
         self.bytes_stored += row.bytes_stored
         self.num_unknown_subjects += not kept.is_known
-        self.subjects.add(kept.subject.hex() or row.subject)
+        self.subjects.add(kept.subject or bytes.fromhex(row.subject))
 
     @property
     def may_pass(self) -> bool:
@@ -153,6 +155,8 @@ def compare(store: Path, tables: Tables, hold_out: HoldOut, key_check: str) -> N
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 tables.groups, held = pool.submit(_search, table, hold_out, key_check).result()
+    except BrokenProcessPool:
+        raise StoreError(f"{store}: the search for copies was killed (no memory?); run the build again") from None
     finally:
         table.unlink()
     tables.hold_out(held)
