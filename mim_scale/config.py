@@ -7,7 +7,7 @@ below trusts the values. Axes are (z, y, x) everywhere; a single integer means t
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Size3 = tuple[int, int, int]
 
@@ -35,6 +35,16 @@ Ratio = Annotated[float, Field(gt=0.0, lt=1.0)]
 Rate = Annotated[float, Field(ge=0.0)]
 Weights = Annotated[tuple[Rate, ...], BeforeValidator(_as_tuple)]
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+def _check_part(text: str) -> str:
+    one, many = map(int, text.split("/"))
+    if one > many:
+        raise ValueError(f"there is no part {one} of {many}")
+    return text
+
+
+Part = Annotated[str, Field(pattern=r"^[1-9]\d{0,8}/[1-9]\d{0,8}$"), AfterValidator(_check_part)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Ints = Annotated[tuple[Positive, ...], BeforeValidator(_as_tuple)]
 Spacing = Annotated[
@@ -330,7 +340,7 @@ class BuildConfig(Section):
     executor: Literal["ray", "local"] = "ray"
     workers: Positive | None = None
     """Tasks at once; null takes every core."""
-    part: Annotated[str, Field(pattern=r"^[1-9]\d*/[1-9]\d*$")] | None = None
+    part: Part | None = None
     """Do only part 3 of 16, written 3/16, and commit nothing; a build without it then commits the whole."""
     key_file: str | None = None
     """The secret behind all pseudonyms; null takes $MIM_SCALE_KEY_FILE, or the user's own, made at first use."""

@@ -8,7 +8,7 @@ import pytest
 
 from data_pipeline.build.run import Outcome, Silent, plan_build, run_build
 from mim_scale.cli import run
-from mim_scale.errors import SourceError, StoreError
+from mim_scale.errors import ConfigError, SourceError, StoreError
 from mim_scale.store.dataset import Dataset
 from tests.pipeline.sources import config, phantom, write_image
 from tests.pipeline.test_build import Inline
@@ -159,6 +159,13 @@ def test_parts_together_are_the_whole(source: Path, store: Path, tmp_path: Path)
     outcome = run_build(config(source, store), Silent(), nothing_left)  # type: ignore[arg-type]
     assert outcome.fingerprint == whole.fingerprint
     assert outcome.quarantine == whole.quarantine
+
+
+@pytest.mark.parametrize("part", ["17/16", "0/3", "3", "1/x", "-1/3"])
+def test_a_part_that_is_none_is_one_line(source: Path, store: Path, part: str) -> None:
+    with pytest.raises(ConfigError, match="part"):
+        run(["data", "build", str(source), str(store), f"--part={part}"])
+    assert not store.exists()
 
 
 def test_copies_of_one_scan_stay_on_one_side(source: Path, store: Path, tmp_path: Path) -> None:
