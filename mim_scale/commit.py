@@ -132,3 +132,35 @@ def sha256_file(path: Path) -> str:
 def sha256_values(values: Any) -> str:
     """The SHA-256, as hex, of JSON values: equal values, equal digest; text that is not valid counts as its escapes."""
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def sealed(values: dict[str, Any]) -> tuple[bytes, str]:
+    """JSON values as the bytes of a file that carries its own digest, and that digest."""
+    digest = sha256_values(values)
+    return (json.dumps({**values, "digest": digest}, indent=1, sort_keys=True) + "\n").encode(), digest
+
+
+def has_seal(values: dict[str, Any]) -> bool:
+    """Whether values carry the digest of the others; the bytes that they came from may be written otherwise."""
+    return values.get("digest") == sha256_values(_without_seal(values))
+
+
+def unsealed(data: bytes) -> dict[str, Any]:
+    """The values of a sealed file, with their digest.
+
+    Raises:
+        ValueError: the bytes are not those that `sealed` would write.
+    """
+    try:
+        values: dict[str, Any] = json.loads(data)
+        # Bytes, not values alone: a flipped bit can leave the values as they are (the e of 1e-5, the hex of an escape).
+        is_whole = data == sealed(_without_seal(values))[0]
+    except (AttributeError, RecursionError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError("not the bytes that were sealed")
+    return values
+
+
+def _without_seal(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name != "digest"}

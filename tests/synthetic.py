@@ -1,13 +1,16 @@
 """Small volumes and stores for tests, made in memory and written by the real write path. Seeded."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from mim_scale.commit import sealed
 from mim_scale.config import LevelConfig, PlanConfig
 from mim_scale.store.array_store import write_volume
-from mim_scale.store.dataset import Dataset, commit_dataset, volume_folder
+from mim_scale.store.dataset import RECORD, Dataset, commit_dataset, volume_folder
 from mim_scale.store.geometry import Size3, Spacing3
 from mim_scale.store.manifest import HU_EDGES, QuarantineRow, Row
 from mim_scale.store.volume import AIR_HU, Volume, content_hash, hu_histogram, volume_key, voxel_hash
@@ -82,6 +85,13 @@ def make_dataset(
     ]
     commit_dataset(path, sorted(rows, key=lambda row: row.key), quarantine, {"source": "synthetic", "seed": seed})
     return Dataset.open(path)
+
+
+def change_record(path: Path, **values: Any) -> None:
+    """Replace values of a dataset's record by others, under a digest that holds."""
+    record = json.loads((path / RECORD).read_bytes())
+    record = {name: value for name, value in (record | values).items() if name != "digest" and value is not None}
+    (path / RECORD).write_bytes(sealed(record)[0])
 
 
 def make_plan_config(

@@ -51,8 +51,7 @@ def verify(store: Path | str, values: Mapping[str, Any] | None = None) -> int:
         )
     if options.repair is not None and any(problem.key for problem in problems):
         problems = _repair(path, problems, options)
-    readable = all(problem.key or problem.file for problem in problems)
-    others = strangers(path) if readable else []
+    others = _strangers(path)
     if options.json:
         values = {
             "store": str(store),
@@ -101,8 +100,16 @@ def _repair(path: Path, problems: Sequence[Problem], options: VerifyOptions) -> 
     return remaining
 
 
+def _strangers(path: Path) -> list[str]:
+    """Folders that the store does not know; none where its own records cannot say."""
+    try:
+        return strangers(path)
+    except DamagedError:
+        return []
+
+
 def _told_volumes(path: Path, options: VerifyOptions, done: int) -> str:
-    if options.share >= 1:
+    if options.share >= 1 or not done:
         return f"{done} volumes"
     return f"{done} of {len(Dataset.open(path).rows)} volumes, drawn with seed {options.seed}"
 
@@ -125,4 +132,5 @@ def _tell(path: Path, problems: Sequence[Problem], others: Sequence[str], volume
     if any(problem.key for problem in problems) and options.repair is None:
         out.print("mend these volumes with `mim-scale data verify STORE --repair SOURCE`; others are not touched")
     if any(not problem.key for problem in problems):
-        out.print("run the same `data build`: it writes the store's own records again and keeps the volumes")
+        mended = "--repair mends volumes, not the store's own records: " if options.repair is not None else ""
+        out.print(f"{mended}run the same `data build`: it writes the store's own records again and keeps the volumes")

@@ -20,7 +20,16 @@ from data_pipeline.storage.storage import side_by_side
 from mim_scale.commit import publish_folder, sha256_file, temporary_beside, write_file
 from mim_scale.errors import DamagedError, LostObjectError, SourceError, StorageError, StoreError
 from mim_scale.store.array_store import folder_bytes
-from mim_scale.store.dataset import MANIFEST, PENDING, RECORD, VOLUMES, Dataset, read_record, volume_folder
+from mim_scale.store.dataset import (
+    MANIFEST,
+    PENDING,
+    RECORD,
+    VOLUMES,
+    Dataset,
+    parse_record,
+    read_record,
+    volume_folder,
+)
 from mim_scale.store.manifest import Row, read_rows
 from mim_scale.store.verify import verify
 
@@ -110,7 +119,7 @@ class _Push:
             )
         self._progress.began(0, sum(row.bytes_stored for row in self._rows) or folder_bytes(self._folder))
         if before is not None and before != self._data:
-            with suppress(ValueError, AttributeError, TypeError):  # a record that nobody can read has no tables to save
+            with suppress(ValueError, LookupError, TypeError):  # a record that nobody can read has no tables to save
                 self._settle(json.loads(before)["files"])
         for count, num_bytes, sent, bytes_sent in side_by_side(
             self._send_group, self._groups(), _WIDTH if self._is_store else 1
@@ -224,11 +233,11 @@ def pull_store(url: str, store: Path, progress: Progress) -> int:
         raise StoreError(f"{store}: exists and is no store; nothing was touched; choose another folder")
     try:
         data, _ = source.read(RECORD)
-        tables = json.loads(data)["files"]
+        tables = parse_record(data, url)["files"]
     except LostObjectError:
         raise StoreError(f"{url}: has no commit record ({RECORD}): no store, or its upload did not end") from None
-    except (ValueError, KeyError, TypeError):
-        raise DamagedError(f"{url}: {RECORD} is unreadable; push the store again") from None
+    except DamagedError as error:
+        raise DamagedError(f"{str(error).partition(';')[0]}; push the store again") from None
     (store / VOLUMES).mkdir(parents=True, exist_ok=True)
     if (store / RECORD).is_file() and (store / RECORD).read_bytes() != data:
         raise StoreError(f"{store}: holds another store; choose another folder, or delete this one")

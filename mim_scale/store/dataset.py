@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mim_scale.commit import sha256_file, sha256_values, sync_folder, write_file
+from mim_scale.commit import has_seal, sealed, sha256_file, sha256_values, sync_folder, unsealed, write_file
 from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store.array_format import FORMAT_VERSION
 from mim_scale.store.array_store import VolumeReader
@@ -37,6 +37,11 @@ VOLUMES = "volumes"
 PENDING = ".next"
 """A table whose record is being written stands beside the old one with this suffix; readers go by the record's hash."""
 
+MEND = "run the same `data build` again, which writes it anew"
+"""What to do about a damaged record or table."""
+
+_UNSEALED = 1
+"""The format version whose records have no digest."""
 _OPEN_VOLUMES = 256
 _COUNTS = ("num_volumes", "num_subjects", "num_quarantined")
 _RECORD_KEYS = ("fingerprint", *_COUNTS, "files", "build_config", "build_config_digest")
@@ -111,15 +116,10 @@ def commit_dataset(
     }
     if not count.num_volumes:
         raise StoreError(f"{path}: nothing to commit: no volume was stored ({count.num_quarantined} inputs refused)")
-    write_file(path / RECORD, record_bytes(record))
+    write_file(path / RECORD, sealed(record)[0])
     # From here on the new dataset stands: until these names are in place, readers find the tables by their hash.
     _settle(path, tables)
     return str(record["fingerprint"])
-
-
-def record_bytes(record: dict[str, Any]) -> bytes:
-    """A commit record as it lies on disk."""
-    return (json.dumps(record, indent=1, sort_keys=True) + "\n").encode()
 
 
 class _Counted:
@@ -181,7 +181,7 @@ class Dataset:
 
         Raises:
             StoreError: no such folder, no commit record, a record of another format version.
-            DamagedError: the record is unreadable, or a table is not the one that it names.
+            DamagedError: the record is damaged, or a table is not the one that it names.
         """
         path = Path(path)
         record = read_record(path)
@@ -200,9 +200,7 @@ class Dataset:
         }
         for name, value in held.items():
             if record[name] != value:
-                raise DamagedError(
-                    f"{path}: {RECORD} says {name} {record[name]}, but it is {value}; build the store again"
-                )
+                raise DamagedError(f"{path}: {RECORD} says {name} {record[name]}, but it is {value}; {MEND}")
         return dataset
 
     @property
@@ -217,7 +215,7 @@ class Dataset:
         if len(rows) != self.record["num_quarantined"]:
             raise DamagedError(
                 f"{self.path}: {RECORD} says num_quarantined {self.record['num_quarantined']}, but it is {len(rows)}; "
-                "build the store again"
+                f"{MEND}"
             )
         return rows
 
@@ -248,28 +246,43 @@ def read_record(path: Path) -> dict[str, Any]:
 
     Raises:
         StoreError: no such folder, no record, another format version.
-        DamagedError: the record is unreadable.
+        DamagedError: the record is not byte for byte as it was written.
     """
     if not path.is_dir():
         raise StoreError(f"{path}: no such store; make one with `mim-scale data build SOURCE {path}`")
     try:
-        record = json.loads((path / RECORD).read_bytes())
+        return parse_record((path / RECORD).read_bytes(), path)
     except FileNotFoundError:
         raise StoreError(
             f"{path}: has no commit record ({RECORD}): no store, or its build was interrupted; run `data build` again"
         ) from None
-    except (ValueError, OSError):
-        raise DamagedError(f"{path}: {RECORD} is unreadable; build the store again") from None
+    except OSError as error:
+        raise DamagedError(f"{path}: {RECORD} is unreadable ({error.strerror}); {MEND}") from None
+
+
+def parse_record(data: bytes, where: Path | str) -> dict[str, Any]:
+    """The values of a commit record; raises as `read_record`, naming `where` it came from."""
+    try:
+        record = json.loads(data)
+    except (ValueError, RecursionError):
+        raise DamagedError(f"{where}: {RECORD} is damaged: it is no JSON; {MEND}") from None
     if not isinstance(record, dict) or record.get("format") != "mim-scale dataset":
-        raise DamagedError(f"{path}: {RECORD} is no record of a dataset; build the store again")
+        raise DamagedError(f"{where}: {RECORD} is damaged, or no record of a dataset; {MEND}")
     version = record.get("format_version")
+    # A damaged digit must not pass for another version: all but the first version carry a digest.
+    if not has_seal(record) and (version != _UNSEALED or "digest" in record):
+        raise DamagedError(f"{where}: {RECORD} is damaged: it does not have its own digest; {MEND}")
     if version != FORMAT_VERSION:
         raise StoreError(
-            f"{path}: format version {version}, this program reads {FORMAT_VERSION}; build into another folder"
+            f"{where}: format version {version}, this program reads {FORMAT_VERSION}; build into another folder"
         )
+    try:
+        unsealed(data)
+    except ValueError:
+        raise DamagedError(f"{where}: {RECORD} is damaged: it is not as it was written; {MEND}") from None
     missing = [key for key in _RECORD_KEYS if key not in record]
     if missing:
-        raise DamagedError(f"{path}: {RECORD} lacks {missing[0]}; build the store again")
+        raise DamagedError(f"{where}: {RECORD} lacks {missing[0]}; {MEND}")
     return record
 
 
@@ -294,7 +307,7 @@ def table_path(path: Path, record: dict[str, Any], name: str) -> Path:
         if file.is_file() and sha256_file(file) == expected:
             return file
     state = "does not have the hash that the record names" if (path / name).is_file() else "is missing"
-    raise DamagedError(f"{path}: {name} {state}; build the store again")
+    raise DamagedError(f"{path}: {name} {state}; {MEND}")
 
 
 def _counts(rows: Sequence[Row]) -> dict[str, int]:

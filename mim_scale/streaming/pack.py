@@ -24,7 +24,7 @@ from mim_scale.sampling.plan import LevelPlan, Plan
 from mim_scale.store.dataset import Dataset, fingerprint
 from mim_scale.store.geometry import Box, size3
 from mim_scale.store.manifest import Row, read_rows
-from mim_scale.store.tar_store import MEND, ShardIndex, read_index, read_member, unsealed
+from mim_scale.store.tar_store import MEND, ShardIndex, read_index, read_member, read_sealed
 from mim_scale.streaming.batch import Batch, Sample, collate
 from mim_scale.streaming.reader import SampleReader
 
@@ -114,7 +114,7 @@ def read_record(path: Path) -> dict[str, Any]:
         StoreError: another format version.
         DamagedError: the file is not as it was written.
     """
-    values = unsealed(path)
+    values = read_sealed(path)
     if values.get("format") != FORMAT:
         raise DamagedError(f"{path}: is no record of a pack; name another folder")
     if values["format_version"] != FORMAT_VERSION:

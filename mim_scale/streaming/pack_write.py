@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from mim_scale.commit import TEMPORARY, sha256_file, sha256_values, write_file
+from mim_scale.commit import TEMPORARY, sealed, sha256_file, sha256_values, write_file
 from mim_scale.config import PretrainConfig
 from mim_scale.errors import ConfigError, DamagedError, HostError, StoreError
 from mim_scale.store.dataset import Dataset
@@ -26,7 +26,6 @@ from mim_scale.store.tar_store import (
     index_path,
     member_bytes,
     new_shard,
-    sealed,
     write_index,
 )
 from mim_scale.streaming.pack import (

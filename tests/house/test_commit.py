@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from mim_scale import commit
+from mim_scale.commit import has_seal, sealed, unsealed
 
 
 class Died(Exception):
@@ -126,3 +127,25 @@ def _publish(final: Path, data: bytes) -> None:
     for name in ("weights", "run.json"):
         (temporary / name).write_bytes(data)
     commit.publish_folder(temporary, final)
+
+
+def test_every_flipped_bit_of_a_sealed_file_is_found():
+    values = {
+        "text": "\xe4\udcff",
+        "rate": 1e-05,
+        "none": None,
+        "rows": [{"name": "a", "stop": 12}],
+        "plan": {"b": 0.5},
+    }
+    data, digest = sealed(values)
+    assert unsealed(data) == {**values, "digest": digest}
+    assert has_seal({**values, "digest": digest})
+    for bit in range(8 * len(data)):
+        damaged = bytearray(data)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(ValueError, match=r"\w"):
+            unsealed(bytes(damaged))
+    for other in (b"", b"[]", b"7", b"[" * 100_000, data + b"\n", data.replace(b" ", b"")):
+        with pytest.raises(ValueError, match=r"\w"):
+            unsealed(other)
+    assert not has_seal(values)

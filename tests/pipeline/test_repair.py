@@ -143,6 +143,27 @@ def test_a_damaged_table_is_the_builders(dataset: Dataset, source: Path, capsys:
     assert "run the same `data build`" in capsys.readouterr().out
 
 
+def test_a_damaged_record_is_the_builders(dataset: Dataset, source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without it nobody knows which volumes there are: one line says who mends it."""
+    file = dataset.path / "dataset.json"
+    whole = file.read_bytes()
+    file.write_bytes(whole.replace(b'"format_version": 2', b'"format_version": 3'))
+    verb = ["data", "verify", str(dataset.path)]
+    for words in ([], ["--repair", str(source)], ["--sample", "50%"]):
+        assert run([*verb, *words]) == 3
+        shown = capsys.readouterr().out
+        said = "--repair mends volumes, not the store's own records: " if "--repair" in words else ""
+        said += "run the same `data build`: it writes the store's own records again and keeps the volumes"
+        assert [line for line in shown.splitlines() if "keeps the volumes" in line] == [said]
+    assert run([*verb, "--json"]) == 3
+    told = json.loads(capsys.readouterr().out)
+    assert [(problem["key"], problem["file"]) for problem in told["problems"]] == [("", "dataset.json")]
+    assert "dataset.json is damaged: it does not have its own digest" in told["problems"][0]["detail"]
+    assert run(["data", "build", str(source), str(dataset.path), "--executor", "local", "--workers", "1"]) == 0
+    assert file.read_bytes() == whole
+    assert run(verb) == 0
+
+
 @pytest.mark.parametrize("words", [["--sample", "0"], ["--sample", "150%"], ["--sample", "all"], ["--workers", "0"]])
 def test_impossible_wishes_are_refused(dataset: Dataset, words: list[str]) -> None:
     with pytest.raises(ConfigError, match=words[0].lstrip("-")):

@@ -11,10 +11,11 @@ import pytest
 
 from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store import dataset as store_dataset
-from mim_scale.store.dataset import Dataset, commit_dataset, fingerprint
+from mim_scale.store.dataset import Dataset, commit_dataset, fingerprint, parse_record
 from mim_scale.store.geometry import Box
 from mim_scale.store.manifest import QuarantineRow
-from tests.synthetic import make_dataset, make_volume, store_volume
+from mim_scale.store.verify import verify
+from tests.synthetic import change_record, make_dataset, make_volume, store_volume
 
 SHAPES = ((16, 20, 24), (17, 18, 19))
 REFUSED = (QuarantineRow("ab" * 8, "dicom", "missing_slice", "slice 3 of 40 is missing"),)
@@ -57,9 +58,52 @@ def test_another_person_is_another_fingerprint(dataset):
 )
 def test_a_record_that_was_changed_by_hand_is_refused(dataset, key, value):
     record = json.loads((dataset.path / "dataset.json").read_text())
-    (dataset.path / "dataset.json").write_text(json.dumps(record | {key: value}))
-    with pytest.raises(DamagedError):
+    (dataset.path / "dataset.json").write_text(json.dumps(record | {key: value}, indent=1, sort_keys=True) + "\n")
+    with pytest.raises(DamagedError, match=r"dataset.json is damaged: it does not have its own digest"):
         Dataset.open(dataset.path)
+    change_record(dataset.path, **{key: value})
+    with pytest.raises(DamagedError, match=r"but it is|does not have the hash"):
+        Dataset.open(dataset.path)
+
+
+def test_every_flipped_bit_of_a_record_is_damage_of_the_record(dataset):
+    """Also one in the format version, in white space, or in the case of an escape, which leaves the values alone."""
+    commit_dataset(dataset.path, dataset.rows, REFUSED, {"source": "a\xe4\udcff", "rate": 1e-05})
+    file = dataset.path / "dataset.json"
+    whole = file.read_bytes()
+    assert b"\\u00e4" in whole
+    assert b"1e-05" in whole
+    for bit in range(8 * len(whole)):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        with pytest.raises(StoreError, match=r"dataset.json is damaged") as caught:
+            parse_record(bytes(damaged), dataset.path)
+        assert caught.value.exit_code == 3
+        # What opens and verifies a store goes by that function: every bit of every 13th byte shows it.
+        if bit // 8 % 13 == 0:
+            file.write_bytes(damaged)
+            assert refusal(dataset.path) == (str(caught.value), 3)
+            assert [(problem.key, problem.file) for problem in verify(dataset.path)] == [("", "dataset.json")]
+    file.write_bytes(whole)
+    assert verify(dataset.path) == []
+
+
+def test_a_whole_record_of_another_version_says_so(dataset):
+    change_record(dataset.path, format_version=3, files=None, volumes="elsewhere")
+    found, code = refusal(dataset.path)
+    assert "format version 3, this program reads 2" in found
+    assert code == 2
+    # Whatever a later version's white space may be.
+    record = json.loads((dataset.path / "dataset.json").read_text())
+    (dataset.path / "dataset.json").write_text(json.dumps(record))
+    assert refusal(dataset.path) == (found, 2)
+    (dataset.path / "dataset.json").write_text(json.dumps(record | {"format_version": 4}))
+    assert refusal(dataset.path)[1] == 3
+    # The first version had no digest.
+    del record["digest"]
+    (dataset.path / "dataset.json").write_text(json.dumps(record | {"format_version": 1}))
+    assert "format version 1, this program reads 2" in refusal(dataset.path)[0]
+    assert refusal(dataset.path)[1] == 2
 
 
 def test_a_commit_between_two_readings_is_no_damage(dataset, monkeypatch):
@@ -97,18 +141,25 @@ def test_refusals(dataset, tmp_path):
     assert "no commit record" in refusal(tmp_path / "empty")[0]
     record = (path / "dataset.json").read_text()
 
-    for text, message, code in [
-        (record[:50], "unreadable", 3),
-        ("[]", "no record of a dataset", 3),
-        ("{}", "no record of a dataset", 3),
-        (record.replace('"format_version": 2', '"format_version": 1'), "format version 1", 2),
-        (json.dumps({k: v for k, v in json.loads(record).items() if k != "files"}), "lacks files", 3),
-        (record.replace(dataset.fingerprint, "0" * 64), "says fingerprint 0000", 3),
+    for text, message in [
+        (record[:50], "is no JSON"),
+        ("[" * 200_000, "is no JSON"),
+        ("[]", "no record of a dataset"),
+        ("{}", "no record of a dataset"),
+        (json.dumps({k: v for k, v in json.loads(record).items() if k != "digest"}), "its own digest"),
+        (json.dumps(json.loads(record)), "not as it was written"),
     ]:
         (path / "dataset.json").write_text(text)
         found, exit_code = refusal(path)
         assert message in found
-        assert exit_code == code
+        assert "dataset.json is damaged" in found
+        assert exit_code == 3
+    (path / "dataset.json").write_text(record)
+    change_record(path, files=None)
+    assert "lacks files" in refusal(path)[0]
+    (path / "dataset.json").write_text(record)
+    change_record(path, fingerprint="0" * 64)
+    assert "says fingerprint 0000" in refusal(path)[0]
     (path / "dataset.json").write_text(record)
 
     for name in ("manifest.parquet", "quarantine.parquet"):

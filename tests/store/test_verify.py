@@ -15,7 +15,7 @@ from mim_scale.errors import StoreError
 from mim_scale.store.array_store import folder_bytes
 from mim_scale.store.dataset import Dataset, commit_dataset, volume_folder
 from mim_scale.store.manifest import QuarantineRow
-from mim_scale.store.verify import Problem, sampled, strangers, verify
+from mim_scale.store.verify import sampled, strangers, verify
 from tests.synthetic import make_dataset, make_volume, store_volume
 
 SHAPES = ((20, 30, 40), (20, 30, 40), (70, 20, 20))
@@ -135,9 +135,6 @@ def test_one_flipped_bit_anywhere_is_found_and_named(shared, kind):
         file.write_bytes(raw)
         try:
             problems = verify(shared.path, workers=1)
-        except StoreError as error:
-            # The digit of the format's version: another program's dataset, as far as one can see.
-            problems = [Problem("", -1, str(error))]
         finally:
             file.write_bytes(whole)
         name = str(file.relative_to(shared.path))
@@ -149,9 +146,7 @@ def test_one_flipped_bit_anywhere_is_found_and_named(shared, kind):
             assert kind not in {"chunk", "crc of chunk"} or "chunk (" in problems[0].detail
         else:
             assert {problem.key for problem in problems} == {""}
-            # A hash in the record and its table accuse each other: the line names both.
-            words = (name, "the record names", "format version") if name == "dataset.json" else (name,)
-            assert any(word in problems[0].detail for word in words)
+            assert name in problems[0].detail
 
     flips()
 
