@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from data_pipeline.canonical import canonical
@@ -28,7 +26,7 @@ from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError
 from mim_scale.store.dataset import FINGERPRINTS, RECORD, Dataset, read_table
 from mim_scale.store.geometry import whole_box
-from mim_scale.store.manifest import FingerprintRow, iter_fingerprints
+from mim_scale.store.manifest import FingerprintRow, iter_fingerprints, read_list
 from mim_scale.store.volume import AIR_HU, Volume, content_hash, volume_key, voxel_hash
 
 _HU_LOW, _HU_HIGH = -100, 100
@@ -38,8 +36,6 @@ _STORED_TISSUE = 1000
 """Stored values that no intercept was applied to: water lies at 1024."""
 _TISSUES_HU = (-90, 40)
 """Fat and muscle: the commonest value of a body is one of them."""
-KEY_CHECK = b"mim_scale.key_check"
-"""Where a list of fingerprints tells under which key its pseudonyms were made."""
 
 Progress = Callable[[int, int], None]
 
@@ -92,9 +88,8 @@ def load_side(path: Path, key: PseudonymKey | None = None, progress: Progress | 
 
 
 def _list_side(path: Path) -> Side:
-    rows = tuple(iter_fingerprints(path))
-    metadata = pq.ParquetFile(path).schema_arrow.metadata or {}
-    return Side("list", rows, metadata.get(KEY_CHECK, b"").decode("ascii", "replace"))
+    rows, key_check = read_list(path)
+    return Side("list", rows, key_check)
 
 
 def _store_side(path: Path) -> Side:
@@ -286,18 +281,3 @@ def score_of(link: Link) -> float:
 
 def _count(refused: Sequence[tuple[str, str]], reason: str) -> int:
     return sum(found == reason for found, _ in refused)
-
-
-def list_bytes(side: Side) -> bytes:
-    """A side as a list of fingerprints: a Parquet file that carries no images."""
-    names = ("key", "subject", "series", "content_hash", "voxel_hash", "fingerprint")
-    kinds = [pa.binary() if name == "fingerprint" else pa.string() for name in names]
-    schema = pa.schema(
-        [pa.field(name, kind, nullable=False) for name, kind in zip(names, kinds, strict=True)],
-        metadata={KEY_CHECK: side.key_check.encode()},
-    )
-    columns = [[getattr(row, name) for row in side.rows] for name in names]
-    table = pa.table([pa.array(values, kind) for values, kind in zip(columns, kinds, strict=True)], schema=schema)
-    sink = pa.BufferOutputStream()
-    pq.write_table(table, sink, compression="zstd")
-    return bytes(sink.getvalue())

@@ -11,19 +11,20 @@ def fingerprints(source: Path, out: Path, key_file: Path | None = None) -> int:
     Raises:
         SourceError, StoreError: the source is missing or cannot be used, or `out` is no .parquet.
     """
-    from data_pipeline.leakage import list_bytes, load_side
+    from data_pipeline.leakage import load_side
     from data_pipeline.pseudonym_key import load_key
-    from mim_scale.commit import write_file
     from mim_scale.errors import SourceError
+    from mim_scale.store.manifest import write_fingerprints
 
     if Path(out).suffix != ".parquet":
         raise SourceError(f"{out}: a list of fingerprints is a .parquet file; name it so")
     with Bar("images") as bar:
         side = load_side(Path(source), load_key(key_file), bar.at)
-    data = list_bytes(side)
-    write_file(Path(out), data)
+    write_fingerprints(Path(out), side.rows, side.key_check)
     shown = console()
-    shown.print(f"{out}: fingerprints of {len(side.keys)} images, {shown_bytes(len(data))}; it carries no images")
+    shown.print(
+        f"{out}: fingerprints of {len(side.keys)} images, {shown_bytes(Path(out).stat().st_size)}; it carries no images"
+    )
     if side.refused:
         shown.print(f"{len(side.refused)} inputs could not be read and are not in the list: {side.refused[0][0]}, ...")
     return 0

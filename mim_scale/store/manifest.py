@@ -4,9 +4,10 @@ Rows carry numbers and hashes only: no file names, no patient names, no dates.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,9 @@ _FINGERPRINTS = pa.schema(
         pa.field("fingerprint", pa.binary(), nullable=False),
     ]
 )
+_KEY_CHECK = "mim_scale.key_check"
+_DIGEST = "mim_scale.digest"
+_BUILD_AGAIN = "build the store again"
 _BATCH = 1024
 """Rows in memory while a table is written or walked through."""
 
@@ -149,9 +153,14 @@ def write_quarantine(path: Path, rows: Iterable[QuarantineRow]) -> None:
     _write(path, rows, _QUARANTINE)
 
 
-def write_fingerprints(path: Path, rows: Iterable[FingerprintRow]) -> None:
-    """Replace the file by these rows, in the order in which they come: by key."""
-    _write(path, rows, _FINGERPRINTS)
+def write_fingerprints(path: Path, rows: Iterable[FingerprintRow], key_check: str = "") -> None:
+    """Replace the file by these rows, in the order in which they come: by key; it carries their digest.
+
+    Args:
+        key_check: of the key of the rows' pseudonyms, for a list that stands alone; in a store the record has it.
+    """
+    digest = _Digest(key_check)
+    _write(path, digest.passing(rows), _FINGERPRINTS, lambda: {_KEY_CHECK: key_check, _DIGEST: digest.hex})
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
@@ -177,10 +186,50 @@ def iter_fingerprints(path: Path) -> Iterator[FingerprintRow]:
     """The volume fingerprints, sorted by key, a few in memory at a time.
 
     Raises:
-        DamagedError: the file is missing or is no such table.
+        DamagedError: the file is missing, is no such table, or (at its end) does not hold what was written.
     """
-    for values in _iterate(path, _FINGERPRINTS):
-        yield FingerprintRow(**values)
+    return _iter_fingerprints(path, lambda key_check: None, _BUILD_AGAIN)
+
+
+def read_list(path: Path) -> tuple[tuple[FingerprintRow, ...], str]:
+    """The rows of a list of fingerprints that stands alone, and the check of the key of its pseudonyms, if it has one.
+
+    Raises:
+        DamagedError: as `iter_fingerprints`.
+    """
+    checks: list[str] = []
+    rows = tuple(_iter_fingerprints(path, checks.append, "make it again with `mim-scale data fingerprints`"))
+    return rows, checks[0]
+
+
+def _iter_fingerprints(path: Path, tell_key_check: Callable[[str], None], mend: str) -> Iterator[FingerprintRow]:
+    metadata: dict[str, str] = {}
+    rows = (FingerprintRow(**values) for values in _iterate(path, _FINGERPRINTS, mend, metadata))
+    first = next(rows, None)
+    key_check = metadata.get(_KEY_CHECK, "")
+    digest = _Digest(key_check)
+    tell_key_check(key_check)
+    yield from digest.passing(rows if first is None else chain([first], rows))
+    # Parquet has no checksum of its own that covers all: one row that is another could hide a copy.
+    if metadata.get(_DIGEST) != digest.hex:
+        raise DamagedError(f"{path}: is damaged: it does not hold what was written; {mend}")
+
+
+class _Digest:
+    """SHA-256 over a list of fingerprints, gathered as its rows pass by."""
+
+    def __init__(self, key_check: str) -> None:
+        self._sha256 = hashlib.sha256(json.dumps(["mim-scale fingerprints 1", key_check]).encode())
+
+    def passing(self, rows: Iterable[FingerprintRow]) -> Iterator[FingerprintRow]:
+        for row in rows:
+            values = [row.key, row.subject, row.series, row.content_hash, row.voxel_hash, row.fingerprint.hex()]
+            self._sha256.update(b"\n" + json.dumps(values).encode())
+            yield row
+
+    @property
+    def hex(self) -> str:
+        return self._sha256.hexdigest()
 
 
 def read_quarantine(path: Path) -> tuple[QuarantineRow, ...]:
@@ -218,23 +267,34 @@ def _rank(seed: int, group: str) -> str:
     return hashlib.sha256(f"{seed}\n{group}".encode()).hexdigest()
 
 
-def _write(path: Path, rows: Iterable[Any], schema: pa.Schema) -> None:
+def _write(
+    path: Path, rows: Iterable[Any], schema: pa.Schema, metadata: Callable[[], dict[str, str]] | None = None
+) -> None:
+    """`metadata` is asked once all rows are written."""
     waiting = iter(rows)
     with new_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
         while batch := list(islice(waiting, _BATCH)):
             writer.write_table(pa.Table.from_pylist([asdict(row) for row in batch], schema=schema))
+        if metadata is not None:
+            writer.add_key_value_metadata(metadata())
 
 
-def _iterate(path: Path, schema: pa.Schema) -> Iterator[dict[str, Any]]:
+def _iterate(
+    path: Path, schema: pa.Schema, mend: str = _BUILD_AGAIN, metadata: dict[str, str] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The rows as they stand; `metadata` takes what the file says of itself, before the first."""
     try:
         with pq.ParquetFile(path) as table:
             if not table.schema_arrow.equals(schema):
-                found = table.schema_arrow.names
-                raise DamagedError(f"{path}: has columns {found}, expected {schema.names}; build the store again")
+                names = table.schema_arrow.names
+                raise DamagedError(f"{path}: has columns {names}, expected {schema.names}; {mend}")
+            if metadata is not None:
+                found = table.metadata.metadata or {}
+                metadata |= {name.decode("utf-8", "replace"): found[name].decode("utf-8", "replace") for name in found}
             for batch in table.iter_batches(_BATCH):
                 yield from batch.to_pylist()
-    except (OSError, pa.ArrowException) as error:
-        raise DamagedError(f"{path}: not readable as Parquet ({_one_line(error)}); build the store again") from None
+    except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
+        raise DamagedError(f"{path}: not readable as Parquet ({_one_line(error)}); {mend}") from None
 
 
 def _row(values: dict[str, Any]) -> Row:

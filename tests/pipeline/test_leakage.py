@@ -12,13 +12,13 @@ import SimpleITK as sitk
 from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.duplicates import Evidence
 from data_pipeline.hold_out import HoldOut
-from data_pipeline.leakage import as_hu, certificate, find_leaks, list_bytes, load_side
+from data_pipeline.leakage import as_hu, certificate, find_leaks, load_side
 from data_pipeline.leakage_page import page
 from data_pipeline.volume_fingerprint import volume_fingerprint
 from mim_scale.cli import run
-from mim_scale.errors import SourceError
+from mim_scale.errors import DamagedError, SourceError
 from mim_scale.store.dataset import Dataset, commit_dataset
-from mim_scale.store.manifest import FingerprintRow
+from mim_scale.store.manifest import FingerprintRow, write_fingerprints
 from mim_scale.store.volume import Volume
 from tests.pipeline.sources import Series, write_image, write_series
 from tests.pipeline.test_duplicates import person, volume
@@ -80,7 +80,7 @@ def test_a_certificate_finds_copies_and_tells_what_it_did_not_compare(corpus: Pa
 def test_a_list_of_fingerprints_stands_for_the_images(corpus: Path, benchmark: Path, tmp_path: Path) -> None:
     theirs = load_side(benchmark, KEY)
     file = tmp_path / "benchmark.parquet"
-    file.write_bytes(list_bytes(theirs))
+    write_fingerprints(file, theirs.rows, theirs.key_check)
     listed = load_side(file)
     assert listed.rows == theirs.rows
     assert listed.key_check == KEY.check
@@ -89,7 +89,36 @@ def test_a_list_of_fingerprints_stands_for_the_images(corpus: Path, benchmark: P
     pairs = [(a, b) for a, b, _ in find_leaks(ours, listed)]
     assert pairs == [(a, b) for a, b, _ in find_leaks(ours, theirs)]
     assert len(pairs) == 2
-    assert len(list_bytes(theirs)) < 20 * 6000
+    assert file.stat().st_size < 20 * 6000
+
+
+def test_a_damaged_list_is_never_read_as_another_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parquet would take most flipped bits: then a copy would not be found."""
+    random = np.random.default_rng(0)
+    names = ("0" * 16, "ab" * 8, "cd" * 8, "e" * 64, "f" * 64)
+    rows = tuple(FingerprintRow(f"{number}{names[0][1:]}", *names[1:], random.bytes(200)) for number in range(3))
+    file = tmp_path / "list.parquet"
+    write_fingerprints(file, rows, "01234567")
+    whole = file.read_bytes()
+    found = []
+    for bit in range(0, 8 * len(whole), 29):
+        damaged = bytearray(whole)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            side = load_side(file)
+        except DamagedError as error:
+            found.append(str(error))
+        else:
+            assert (side.rows, side.key_check) == (rows, "01234567")
+    assert len(found) > 100
+    remedy = "; make it again with `mim-scale data fingerprints`"
+    assert {(line.startswith(f"{file}: "), line.endswith(remedy)) for line in found} == {(True, True)}
+    file.write_bytes(whole[:-1])
+    with pytest.raises(DamagedError, match="make it again with `mim-scale data fingerprints`"):
+        HoldOut.load([file])
+    with pytest.raises(DamagedError, match="make it again with `mim-scale data fingerprints`"):
+        run(["data", "leakage", str(file), str(file), "--out", str(tmp_path)])
 
 
 def test_the_page_shows_both_and_needs_no_other_file(corpus: Path, benchmark: Path) -> None:
