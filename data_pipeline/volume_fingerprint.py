@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
+from scipy.spatial import cKDTree
 
 from mim_scale.store.geometry import Spacing3
 from mim_scale.store.volume import Volume
@@ -31,6 +32,8 @@ _BORDER_MM = 10.0
 _LEAST_BLOB_HU = 2.0
 _AIR_MARGIN_HU = 20
 _ROOM_MM = 32.0
+_MOST_PLACES = 6000
+_NEIGHBOURS = 12
 
 FRAMES = np.array(
     [
@@ -121,15 +124,20 @@ def _without_air(small: NDArray[np.float32], steps: list[float]) -> tuple[NDArra
 
 
 def _block_means(voxels: NDArray[Any], by: list[int]) -> NDArray[np.float32]:
+    """Means of whole blocks of voxels, each clipped to the window; a last, broken block is left out."""
     low, high = _WINDOW_HU
     shape = [size // k for size, k in zip(voxels.shape, by, strict=True)]
+    count = by[0] * by[1] * by[2]
+    # The narrowest type that holds the sum of a block: each pass over a slab is then as short as it can be.
+    fits = voxels.dtype == np.int16 and count * max(-low, high) <= np.iinfo(np.int16).max
+    kind: type[np.generic] = np.int16 if fits else np.int32 if voxels.dtype.kind in "iu" else np.float32
     means = np.empty(shape, np.float32)
     for z in range(shape[0]):
         slab = np.clip(voxels[z * by[0] : (z + 1) * by[0], : shape[1] * by[1], : shape[2] * by[2]], low, high)
-        rows = slab.sum(0, dtype=np.int32 if slab.dtype.kind in "iu" else np.float32)
-        rows = rows.reshape(shape[1], by[1], -1).sum(1)
-        means[z] = rows.reshape(shape[1], shape[2], by[2]).sum(2)
-    return means / np.float32(np.prod(by))
+        rows = slab.sum(0, dtype=kind)
+        rows = sum((rows[k :: by[1]] for k in range(1, by[1])), rows[:: by[1]])
+        means[z] = sum((rows[:, k :: by[2]] for k in range(1, by[2])), rows[:, :: by[2]])
+    return means / np.float32(count)
 
 
 def _blobs(picture: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -186,11 +194,17 @@ _FRAME_INDEX[_frame_code(FRAMES)] = np.arange(48)
 
 def _spread(at: NDArray[np.float64], strength: NDArray[np.float64]) -> NDArray[np.int64]:
     """The places farthest from any stronger one: spread evenly, and in a crop those of the whole that it holds."""
-    order = np.argsort(-strength, kind="stable")[:6000]
+    order = np.argsort(-strength, kind="stable")[:_MOST_PLACES]
     at = at[order]
     reach = np.full(len(at), np.inf)
-    for i in range(1, len(at)):
-        reach[i] = ((at[:i] - at[i]) ** 2).sum(1).min()
+    if len(at) > 1:
+        # Among its nearest places nearly every one has a stronger one; the few that do not look at all of these.
+        _, near = cKDTree(at).query(at, min(_NEIGHBOURS, len(at)))
+        is_stronger = near < np.arange(len(at))[:, None]
+        distances = ((at[near] - at[:, None]) ** 2).sum(2)
+        reach = np.where(is_stronger, distances, np.inf).min(1)
+        for i in np.flatnonzero(~is_stronger.any(1))[1:]:
+            reach[i] = ((at[:i] - at[i]) ** 2).sum(1).min()
     return order[np.sort(np.argsort(-reach, kind="stable")[:MOST_MARKS])]
 
 

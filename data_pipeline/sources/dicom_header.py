@@ -1,5 +1,6 @@
 """One DICOM header: read without its pixels, and asked what it says. Nothing in it is believed to be well formed."""
 
+import functools
 import logging
 import math
 import os
@@ -8,10 +9,12 @@ from typing import Any, BinaryIO, Protocol
 
 import pydicom
 import pydicom.config
-from pydicom.datadict import tag_for_keyword
+from pydicom.datadict import dictionary_VR, tag_for_keyword
+from pydicom.dataelem import RawDataElement
 from pydicom.uid import UID, DeflatedExplicitVRLittleEndian
 
 from data_pipeline.reasons import Reason, Rejected
+from data_pipeline.sources.dicom_elements import pick_elements
 from data_pipeline.sources.dicom_geometry import Slice
 
 # Archives are full of values that the standard forbids and everybody can read; what matters here is checked by us.
@@ -84,6 +87,11 @@ def read_header(file: BinaryIO, only: list[int] | None = None) -> tuple[Any, int
 
     The place is DEFLATED, or None where the file ends before it. Any exception means that the file cannot be read.
     """
+    if only is not None:
+        quick = pick_elements(file, only)
+        if quick is not None:
+            return quick
+        file.seek(0)
     bounded: Any = _Bounded(file)
     header = pydicom.dcmread(bounded, stop_before_pixels=True, force=True, specific_tags=only)
     if header.file_meta.get("TransferSyntaxUID") == DeflatedExplicitVRLittleEndian:
@@ -104,11 +112,46 @@ def is_cut(file: BinaryIO, header: Any) -> bool:
 
 def value(header: Header, name: str) -> Any:
     """An attribute's value; None where it is missing, empty or cannot be understood."""
-    try:
-        found = header.get(name)
-    except Exception:
-        return None
+    found = _plain_value(header, name) if isinstance(header, pydicom.Dataset) else None
+    if found is None:
+        try:
+            found = header.get(name)
+        except Exception:
+            return None
     return None if isinstance(found, str) and not found.strip() else found
+
+
+def _plain_value(header: pydicom.Dataset, name: str) -> Any:
+    """The value of an undecoded element whose bytes can mean one thing only; None for any other.
+
+    pydicom makes objects that remember how a value was written; for millions of headers that takes longer than reading.
+    """
+    tag, usual = _described(name)
+    raw = header.get_item(tag) if tag in header else None
+    if not isinstance(raw, RawDataElement) or not raw.value:
+        return None
+    vr = raw.VR or usual
+    if vr == "US" and len(raw.value) == 2:
+        return int.from_bytes(raw.value, "little" if raw.is_little_endian else "big")
+    if vr == "DS":
+        try:
+            found = tuple(map(float, raw.value.decode("ascii").rstrip(" \0").split("\\")))
+        except ValueError:
+            return None
+        return found[0] if len(found) == 1 else found
+    if vr in _WORDS and raw.value.isascii() and b"\\" not in raw.value:
+        return raw.value.decode("ascii").strip(" \0")
+    return None
+
+
+_WORDS = frozenset({"UI", "CS", "LO", "SH", "DA", "TM"})
+
+
+@functools.cache
+def _described(name: str) -> tuple[int, str]:
+    """Tag and VR of an attribute, by the standard."""
+    tag = tag_for_keyword(name) or 0
+    return tag, dictionary_VR(tag) if tag else ""
 
 
 def text(header: Header, name: str) -> str:
