@@ -148,8 +148,10 @@ def _cpu_s() -> float:
 def _prepare(task: Task) -> _Prepared:
     if task.source.problem is not None:
         raise Rejected(*task.source.problem)
-    with staged(task.root, task.source.files, task.source.version, task.source.num_bytes) as root:
-        scan = read_source(root, task.source)
+    source = task.source
+    is_image = source.format == "ome_zarr"
+    with staged(task.root, source.files, source.version, source.num_bytes, source.urls, is_image) as root:
+        scan = read_source(root, source)
     volume, repairs = canonical(scan, task.spacing_mm)
     flags = set(scan.acquisition.flags)
     flags.update(screen(volume.voxels, task.min_slices, task.waived))

@@ -94,7 +94,7 @@ def _names(store: Path, source: Path) -> dict[str, str]:
     with Inventory(source, kept_headers(source)) as inventory:
         inventory.list_files()
         inventory.read_headers()
-        return {pseudonyms.pseudonym("source", found.name): found.name for found in inventory.sources()}
+        return {pseudonyms.pseudonym("source", found.name): found.shown for found in inventory.sources()}
 
 
 def _retry(store: Path, rows: list[QuarantineRow]) -> None:

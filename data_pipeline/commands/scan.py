@@ -40,7 +40,7 @@ def scan(source: Path | str, workers: int | None = None, store: Path | None = No
             if found.problem:
                 refused[str(found.problem[0])] += 1
                 if names:
-                    named.add_row(*map(str, found.problem), found.name)
+                    named.add_row(*map(str, found.problem), found.shown)
         rows = table(f"{root}", "format", ">inputs", ">files", ">bytes")
         for kind in sorted(inputs):
             rows.add_row(kind, str(inputs[kind]), str(files[kind]), shown_bytes(sizes[kind]))

@@ -22,12 +22,12 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_pipeline.reasons import PASSING, Reason
-from data_pipeline.sources.descriptions.find import DESCRIPTIONS, Described, find_descriptions, is_listing, read_listing
+from data_pipeline.sources.descriptions.find import DESCRIPTIONS, Described, find_descriptions, listing_of
 from data_pipeline.sources.dicom_series import DicomFacts, sources_of
 from data_pipeline.sources.find import FACTS_VERSION, Entry, read_facts
 from data_pipeline.sources.source import Source
 from data_pipeline.storage.source_files import source_files
-from data_pipeline.storage.storage import absolute, is_remote
+from data_pipeline.storage.storage import absolute
 from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError
 
@@ -44,14 +44,14 @@ class Inventory:
 
     Args:
         given: folder tree with volume files and DICOM files of any name, or a list of files (CSV, TSV, Parquet, or
-            nnssl's pretrain_data.json): then only what it names counts; or the address of a bucket.
+            nnssl's pretrain_data.json): then only what it names counts; or the address of a bucket, or of one file.
         kept: where headers are kept between runs; None keeps nothing.
     """
 
     def __init__(self, given: Path | str, kept: Path | None = None) -> None:
-        path = None if is_remote(str(given)) else Path(given)
-        self._listing = read_listing(path) if path is not None and is_listing(path) and not path.is_dir() else None
-        self._files = source_files(self._listing.root if self._listing is not None else given)
+        listing = self._listing = listing_of(given)
+        urls = listing.urls if listing else None
+        self._files = source_files(listing.root if listing and not urls else given, urls)
         self.notes: tuple[str, ...] = ()
         """What a user should know about the scan, a line each."""
         # An empty name is a private file of SQLite's own that is gone with the connection.
@@ -90,6 +90,7 @@ class Inventory:
                 yield os.fsencode(entry.path), entry.size, entry.version
 
         self._lists.executemany("INSERT INTO files (path, size, version) VALUES (?, ?, ?)", rows())
+        self._note_refused()
         for row in self._lists.execute("SELECT path, size, version FROM files ORDER BY path"):
             digest.update(repr(row).encode())
         return digest.hexdigest()
@@ -141,10 +142,11 @@ class Inventory:
         for (packed,) in self._lists.execute("SELECT source FROM sources ORDER BY name"):
             values = json.loads(zlib.decompress(packed))
             problem = values.pop("problem")
-            yield Source(
+            source = Source(
                 **values | {"files": tuple(values["files"])},
                 problem=(Reason(problem[0]), problem[1]) if problem else None,
             )
+            yield replace(source, urls=self._files.urls(source))
 
     def _count(self, what: str) -> int:
         count: int = self._lists.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0]
@@ -181,6 +183,12 @@ class Inventory:
                 self._lists.executemany(update, rows)
         except sqlite3.Error as error:
             self._without_cache(error)
+
+    def _note_refused(self) -> None:
+        """What a list names and nobody can have: that is known without a header."""
+        for name, problem in self._files.refused().items():
+            facts = json.dumps({"kind": "unknown", "problem": problem})
+            self._lists.execute("UPDATE files SET grp = '', facts = ? WHERE path = ?", (facts, os.fsencode(name)))
 
     def _note(self, found: Iterable[tuple[str, dict[str, Any]]]) -> None:
         rows = []

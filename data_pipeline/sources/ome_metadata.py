@@ -72,11 +72,20 @@ def stored_files(folder: Path) -> list[str]:
     Their names, sizes and times tell whether the volume has changed.
     """
     try:
-        level = _level(_parsed(folder))
+        level = level_of(folder)
     except Rejected:
         return files_below(folder, folder)
     metadata = [name for name in ("zarr.json", ".zattrs", ".zgroup") if (folder / name).is_file()]
     return sorted({*metadata, *files_below(folder, folder / level)})
+
+
+def level_of(folder: Path) -> str:
+    """The path of level 0 below a folder, by the folder's own metadata.
+
+    Raises:
+        Rejected: unreadable, or not one image.
+    """
+    return _level(_parsed(folder))
 
 
 def stamp(folder: Path) -> tuple[int, str]:
@@ -121,6 +130,8 @@ def _parsed(folder: Path) -> dict[str, Any]:
     if attributes is None:
         raise Rejected(Reason.UNREADABLE, "the folder has no readable Zarr metadata")
     multiscales = _ome(attributes).get("multiscales")
+    if multiscales is None and _LAYOUT_OF_MANY in _ome(attributes):
+        raise Rejected(Reason.NOT_3D, "a Zarr folder of several images: name each of them in a list of files")
     if multiscales is None:
         raise Rejected(Reason.NO_GEOMETRY, "a Zarr folder without OME-Zarr's multiscales: nothing says where it lies")
     if not isinstance(multiscales, list) or not multiscales or not isinstance(multiscales[0], dict):

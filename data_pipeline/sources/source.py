@@ -34,10 +34,17 @@ class Source:
     """Digest of its files' names, sizes and times."""
     num_bytes: int = 0
     """Of its files."""
+    urls: tuple[str, ...] = field(default=(), repr=False)
+    """Where its files are fetched from, where a list gives each an address of its own; a folder's ends with /."""
 
     def paths(self, root: Path) -> list[Path]:
         """Its files below the source folder."""
         return [root / file for file in self.files]
+
+    @property
+    def shown(self) -> str:
+        """The name as people write it, for those who ask for names."""
+        return self.name.replace("/", "://", 1) if self.urls else self.name
 
 
 _NOBODY = Identity()

@@ -17,7 +17,8 @@ from obstore.exceptions import AlreadyExistsError, BaseError, NotSupportedError,
 from obstore.store import GCSStore, HTTPStore, S3Store
 
 from data_pipeline.sources.find import Entry
-from data_pipeline.storage.refusals import may_pass, no_credentials, refusal
+from data_pipeline.storage.image_folders import fetch_image, stage_metadata
+from data_pipeline.storage.refusals import BrokenObjectError, is_cut, may_pass, no_credentials, refusal
 from data_pipeline.storage.storage import side_by_side
 from mim_scale.errors import LostObjectError, SourceError, StorageError
 
@@ -36,6 +37,10 @@ _PART = 8 << 20
 _MOST_PARTS = 9000
 _WIDTH = 16
 """Objects fetched at once."""
+_ALIKE = 5
+"""Downloads in a row that end at one and the same byte, counted in pieces: then it is not the network."""
+_MOST_BREAKS = 20
+"""Downloads of one object that get somewhere and break."""
 _DIGEST = "sha256"
 """Name of the metadata field that holds an object's SHA-256, in hex."""
 _NO_PATH = ("", ".", "..")
@@ -52,17 +57,25 @@ class ObjectStorage:
         url: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, http(s)://HOST/PATH.
         names: paths below it, where it cannot be listed.
         patience_s: how long failures that may pass are waited for; None is PATIENCE_S.
+        label: what messages call it, where the address itself names an object; None is the address.
 
     Raises:
         SourceError: the address names no bucket.
         StorageError: there are no credentials.
     """
 
-    def __init__(self, url: str, names: Iterable[str] | None = None, patience_s: float | None = None) -> None:
-        self.url = url
+    def __init__(
+        self,
+        url: str,
+        names: Iterable[str] | None = None,
+        patience_s: float | None = None,
+        label: str | None = None,
+    ) -> None:
+        self.url = url if label is None else label
         self._names = None if names is None else tuple(names)
         self._patience_s = PATIENCE_S if patience_s is None else patience_s
         self._store = _open(url, self._patience_s, 30)
+        self._is_web = self._store.__class__ is HTTPStore
 
     def check(self) -> None:
         """Ask for something, impatiently: a wrong address, bucket or secret shows here.
@@ -70,7 +83,7 @@ class ObjectStorage:
         Raises:
             StorageError: it cannot be used.
         """
-        if self._store.__class__ is HTTPStore:
+        if self._is_web:
             return
         store = _open(self.url, min(5.0, self._patience_s), _FIRST_TRIES)
         try:
@@ -83,7 +96,7 @@ class ObjectStorage:
         if self._names is not None:
             yield from side_by_side(self.entry, self._names, _WIDTH)
             return
-        if self._store.__class__ is HTTPStore:
+        if self._is_web:
             raise SourceError(
                 f"{self.url}: a web server cannot be listed; give a CSV or Parquet table with the addresses"
             )
@@ -98,13 +111,27 @@ class ObjectStorage:
         """All objects below a path, a page at a time."""
         return (entry.path for entry in self._list(prefix))
 
+    def below(self, prefix: str) -> Iterator[Entry]:
+        """All objects below a path, a page at a time, as they are listed."""
+        return self._list(prefix)
+
     def entry(self, path: str) -> Entry:
         """One object by its path; LostObjectError where there is none."""
-        return _entry(self._asked(lambda: obstore.head(self._store, path)), path)
+        return _entry(self._asked(lambda: self._met(path) if self._is_web else obstore.head(self._store, path)), path)
 
     def fetch(self, paths: Sequence[str], folder: Path) -> list[Entry]:
-        """Copy objects to the same paths below a folder."""
-        return list(side_by_side(lambda path: self._fetch_one(path, folder), paths, min(_WIDTH, len(paths) or 1)))
+        """Copy objects to the same paths below a folder; all that an image needs where a path ends with /."""
+
+        def fetched(path: str) -> Entry:
+            if path.endswith("/"):
+                return fetch_image(self, path.rstrip("/"), folder / path)
+            return self.fetch_one(path, folder, path)
+
+        return list(side_by_side(fetched, paths, min(_WIDTH, len(paths) or 1)))
+
+    def fetch_image_header(self, path: str, folder: Path) -> None:
+        """Copy what an image says of itself."""
+        stage_metadata(self, path, folder / path)
 
     def head(self, entry: Entry, num_bytes: int) -> bytes:
         """The first bytes of an object."""
@@ -195,38 +222,65 @@ class ObjectStorage:
             raise LostObjectError(f"{self.url}: an object changed since it was listed; look again")
         return found
 
-    def _fetch_one(self, path: str, folder: Path) -> Entry:
-        target = folder / path
-        if any(part in _NO_PATH for part in path.split("/")):
+    def _met(self, path: str) -> Any:
+        """What a web server says of a file, by reading: addresses that are signed for that alone refuse HEAD."""
+        try:
+            return obstore.get(self._store, path, options={"range": (0, 1)}).meta
+        except BaseError as error:
+            # No ranges; or an empty file, which has no first byte.
+            if not isinstance(error, NotSupportedError) and "416" not in str(error):
+                raise
+        try:
+            return obstore.head(self._store, path)
+        except _REFUSED:
+            return obstore.get(self._store, path).meta
+
+    def fetch_one(self, path: str, folder: Path, name: str) -> Entry:
+        """Copy one object to a path of its own below a folder."""
+        target = folder / name
+        if any(part in _NO_PATH for part in path.split("/") if path):
             raise StorageError(f"{self.url}: a key in it leads out of the folder; rename it")
+        ends: list[int] = []
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            return self._asked(lambda: self._download(path, target))
+            return self._asked(lambda: self._download(path, target, ends), ends=ends)
         except OSError as error:
             raise StorageError(
                 f"{folder}: an object cannot be staged here ({error.strerror}); make room, or set MIM_SCALE_SCRATCH"
             ) from None
 
-    def _download(self, path: str, target: Path) -> Entry:
+    def _download(self, path: str, target: Path, ends: list[int]) -> Entry:
+        """Copy one object; how far a try came that failed is added to `ends`."""
         found = obstore.get(self._store, path)
         entry = _entry(found.meta, path)
         expected = found.attributes.get(_DIGEST)
         digest = hashlib.sha256() if expected else None
         with open(target, "wb") as file:
-            for piece in found.stream(_PIECE):
-                file.write(piece)
-                if digest:
-                    digest.update(piece)
+            try:
+                for piece in found.stream(_PIECE):
+                    file.write(piece)
+                    if digest:
+                        digest.update(piece)
+            except _REFUSED:
+                ends.append(file.tell())
+                raise
             size = file.tell()
         if size != entry.size or (digest and digest.hexdigest() != expected):
             raise LostObjectError(f"{self.url}: an object came with other bytes than it was put with; look again")
         return entry
 
-    def _asked(self, work: Callable[[], Result], expected: tuple[type[Exception], ...] = ()) -> Result:
-        """Do what asks the storage; obstore repeats single requests, this repeats the whole of it."""
+    def _asked(
+        self, work: Callable[[], Result], expected: tuple[type[Exception], ...] = (), ends: Sequence[int] = ()
+    ) -> Result:
+        """Do what asks the storage; obstore repeats single requests, this repeats the whole of it.
+
+        Args:
+            ends: how many bytes came before each failure: while some come, the storage is not away.
+        """
         until = time.monotonic() + self._patience_s
         wait_s = 0.2
         while True:
+            num_before = len(ends)
             try:
                 return work()
             except expected:
@@ -234,6 +288,11 @@ class ObjectStorage:
             except _REFUSED as error:
                 if isinstance(error, OSError) and error.errno is not None:
                     raise  # of this machine's disk
+                if num_before < len(ends) <= _MOST_BREAKS and is_cut(error):
+                    until = time.monotonic() + self._patience_s
+                    if len(ends) >= _ALIKE and len({*ends[-_ALIKE:]}) == 1:
+                        line = f"{self.url}: an object breaks off at the same byte each time"
+                        raise BrokenObjectError(line) from None
                 if not may_pass(error) or time.monotonic() + wait_s > until:
                     raise refusal(error, self.url) from None
             time.sleep(wait_s * random.uniform(0.5, 1.5))

@@ -14,7 +14,24 @@ _BAD_CREDENTIALS = frozenset(
 )
 _OTHER_REGION = frozenset({"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException"})
 _METADATA = ("169.254.169.254", "metadata.google.internal", "/computeMetadata/", "/latest/api/token")
+_UNSIZED = "Content-Length Header missing"
 _TLS = ("InvalidCertificate", "InvalidContentType", "InvalidMessage", "HandshakeFailure", "AlertReceived", "tls")
+
+
+class RefusedObjectError(StorageError):
+    """One object cannot be had; others beside it may be.
+
+    Args:
+        detail: why, without the address.
+    """
+
+    def __init__(self, url: str, detail: str, remedy: str) -> None:
+        super().__init__(f"{url}: {detail}; {remedy}")
+        self.detail = detail
+
+
+class BrokenObjectError(LostObjectError):
+    """One object breaks off at the same byte whenever it is fetched."""
 
 
 def no_credentials(url: str) -> StorageError:
@@ -29,9 +46,20 @@ def refusal(error: Exception, url: str) -> StorageError:
     text = str(error)
     status, code = _status(text), _code(text)
     names = _GOOGLE if url.startswith("gs://") else _AWS
+    is_web = url.lower().startswith(("http://", "https://"))
     answers = (
         ("Missing" in text and "Key" in text, no_credentials(url)),
         (any(word in text for word in _METADATA), no_credentials(url)),
+        (
+            is_web and status in {401, 403},
+            RefusedObjectError(
+                url, f"permission denied ({status})", "sign the addresses anew, or ask those who run it for access"
+            ),
+        ),
+        (
+            _UNSIZED in text,
+            RefusedObjectError(url, "the web server does not say how large the file is", "download it yourself"),
+        ),
         (
             code in _BAD_CREDENTIALS or type(error).__name__ == "UnauthenticatedError" or status == 401,
             StorageError(f"{url}: the credentials are refused ({code or status or 401}); check {names}"),
@@ -47,7 +75,9 @@ def refusal(error: Exception, url: str) -> StorageError:
         ),
         (
             status == 403 or type(error).__name__ == "PermissionDeniedError",
-            StorageError(f"{url}: permission denied ({code or 403}); the credentials must allow it, or use others"),
+            RefusedObjectError(
+                url, f"permission denied ({code or 403})", "the credentials must allow it, or use others"
+            ),
         ),
         (
             isinstance(error, FileNotFoundError) or status in {404, 410},
@@ -74,6 +104,12 @@ def may_pass(error: Exception) -> bool:
         return status >= 500 or status in {408, 429}
     words = ("kind: Connect", "kind: Timeout", "TimedOut", "kind: Request", "kind: Interrupted", "kind: Decode")
     return not any(word in text for word in _TLS) and any(word in text for word in words)
+
+
+def is_cut(error: Exception) -> bool:
+    """Whether a connection ended in the middle of an answer, not in silence."""
+    text = str(error)
+    return not any(word in text for word in ("kind: Timeout", "TimedOut"))
 
 
 def _network(text: str) -> str:

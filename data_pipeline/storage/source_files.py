@@ -1,17 +1,20 @@
 """What a scan needs of the place where files lie: their list, their headers, and what describes them."""
 
 import posixpath
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from hashlib import sha256
 from pathlib import Path
 from typing import Protocol
 
+from data_pipeline.reasons import Reason
+from data_pipeline.sources.descriptions.addresses import shown
 from data_pipeline.sources.find import Entry, list_files
+from data_pipeline.sources.source import Source
+from data_pipeline.storage.image_folders import gathered
 from data_pipeline.storage.staging import staged_headers
 from data_pipeline.storage.storage import Storage, absolute, is_remote, open_storage
+from mim_scale.errors import SourceError
 
-_IMAGE_FOLDER = ".zarr"
 _NAMING = (".nhdr", ".mhd")
 """Headers that name the files with their data."""
 
@@ -46,9 +49,23 @@ class SourceFiles(Protocol):
         """
         ...
 
+    def refused(self) -> Mapping[str, tuple[Reason, str]]:
+        """Why nothing can be had where the list says, by path; after `entries`."""
+        ...
 
-def source_files(given: Path | str) -> SourceFiles:
-    """The files of a folder or of a bucket."""
+    def urls(self, source: Source) -> tuple[str, ...]:
+        """`Source.urls`."""
+        ...
+
+
+def source_files(given: Path | str, urls: Mapping[str, str] | None = None) -> SourceFiles:
+    """The files of a folder, of a bucket, or at the addresses of a list.
+
+    Args:
+        urls: the addresses, by the names that stand for them; none where the source is no such list.
+    """
+    if urls:
+        return _AtAddresses(str(given), urls)
     return _InBucket(open_storage(str(given))) if is_remote(str(given)) else _InFolder(Path(given))
 
 
@@ -71,6 +88,12 @@ class _InFolder:
     ) -> AbstractContextManager[Path]:
         return nullcontext(self._root)
 
+    def refused(self) -> Mapping[str, tuple[Reason, str]]:
+        return {}
+
+    def urls(self, source: Source) -> tuple[str, ...]:
+        return ()
+
 
 class _InBucket:
     def __init__(self, storage: Storage) -> None:
@@ -81,30 +104,85 @@ class _InBucket:
         return self._storage.url
 
     def entries(self, paths: Iterable[str] | None) -> Iterator[Entry]:
-        """Every object; what lies below a folder named .zarr is one entry, which no reader takes yet."""
-        image, size, digest = "", 0, sha256()
-        for entry in self._storage.entries():
-            folders = posixpath.dirname(entry.path).split("/")
-            depth = next((at for at, name in enumerate(folders, 1) if name.lower().endswith(_IMAGE_FOLDER)), 0)
-            folder = "/".join(folders[:depth])
-            if image and folder != image:
-                yield Entry(image, size, digest.hexdigest())
-                size, digest = 0, sha256()
-            image = folder
-            if not folder:
-                yield entry
-                continue
-            size += entry.size
-            digest.update(repr(entry).encode())
-        if image:
-            yield Entry(image, size, digest.hexdigest())
+        """Every object; what lies below a folder named .zarr is one entry.
+
+        Raises:
+            SourceError: nothing lies below the address.
+        """
+        is_empty = True
+        for entry in gathered(self._storage.entries()):
+            is_empty = False
+            yield entry
+        if is_empty:
+            raise SourceError(
+                f"{self.address}: nothing lies below this address; mend it, or give a list (.csv) that names single "
+                "objects"
+            )
 
     def headers(self, batch: list[Entry], below: Callable[[str], Sequence[Entry]]) -> AbstractContextManager[Path]:
-        folders = {posixpath.dirname(entry.path) for entry in batch if entry.path.lower().endswith(_NAMING)}
-        return staged_headers(self._storage, batch, (entry for folder in sorted(folders) for entry in below(folder)))
+        return staged_headers(self._storage, batch, _beside(batch, below))
 
     def descriptions(
         self, entries: Callable[[], Iterator[Entry]], names: frozenset[str]
     ) -> AbstractContextManager[Path]:
         named = [entry for entry in entries() if posixpath.basename(entry.path) in names]
         return staged_headers(self._storage, named, entries() if named else ())
+
+    def refused(self) -> Mapping[str, tuple[Reason, str]]:
+        return {}
+
+    def urls(self, source: Source) -> tuple[str, ...]:
+        return ()
+
+
+class _AtAddresses:
+    def __init__(self, address: str, urls: Mapping[str, str]) -> None:
+        from data_pipeline.storage.addresses import AddressStorage
+
+        # One address may hold a signature: its name does not.
+        self._address = shown(next(iter(urls))) if is_remote(address) else absolute(address)
+        self._listed = urls
+        self._urls: dict[str, str] = {}
+        self._refused: dict[str, tuple[Reason, str]] = {}
+        self._storage = AddressStorage(self._urls)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    def entries(self, paths: Iterable[str] | None) -> Iterator[Entry]:
+        """What is at each address, and what stands for those where nothing can be had.
+
+        Raises:
+            StorageError: nothing can be had at any of them.
+        """
+        from data_pipeline.storage.addresses import refuse_all
+
+        for found in self._storage.look(self._listed):
+            if found.problem is not None:
+                self._refused[found.entries[0].path] = found.problem
+            # A file can be listed by itself and with the folder that holds it.
+            yield from (entry for entry in found.entries if entry.path not in self._urls)
+            self._urls.update(found.urls)
+        refuse_all(self._address, list(self._refused.values()), len(self._listed))
+
+    def headers(self, batch: list[Entry], below: Callable[[str], Sequence[Entry]]) -> AbstractContextManager[Path]:
+        return staged_headers(self._storage, batch, _beside(batch, below))
+
+    def descriptions(
+        self, entries: Callable[[], Iterator[Entry]], names: frozenset[str]
+    ) -> AbstractContextManager[Path]:
+        return staged_headers(self._storage, ())
+
+    def refused(self) -> Mapping[str, tuple[Reason, str]]:
+        return self._refused
+
+    def urls(self, source: Source) -> tuple[str, ...]:
+        # What is refused has no address that anything could be fetched from, and is not fetched.
+        return tuple(self._urls.get(file, "") for file in source.files)
+
+
+def _beside(batch: Iterable[Entry], below: Callable[[str], Sequence[Entry]]) -> Iterator[Entry]:
+    """What lies beside headers that name the files with their data."""
+    folders = {posixpath.dirname(entry.path) for entry in batch if entry.path.lower().endswith(_NAMING)}
+    return (entry for folder in sorted(folders) for entry in below(folder))

@@ -19,6 +19,8 @@ from pathlib import Path
 from data_pipeline.reasons import Reason, Rejected
 from data_pipeline.sources.dicom_header import read_header
 from data_pipeline.sources.find import Entry
+from data_pipeline.storage.image_folders import is_image_folder
+from data_pipeline.storage.refusals import BrokenObjectError
 from data_pipeline.storage.storage import Storage, is_remote, open_storage, scratch_folder, side_by_side
 from mim_scale.commit import sha256_values
 from mim_scale.errors import LostObjectError, StorageError
@@ -34,25 +36,35 @@ _LARGEST_DESCRIPTION = 1 << 28
 
 
 @contextmanager
-def staged(address: str, files: Sequence[str], version: str, num_bytes: int = 0) -> Iterator[Path]:
+def staged(
+    address: str,
+    files: Sequence[str],
+    version: str,
+    num_bytes: int = 0,
+    urls: Sequence[str] = (),
+    is_image: bool = False,
+) -> Iterator[Path]:
     """A folder that holds these files of a source at these paths; removed at the end. A local source is its own folder.
 
     Args:
         address: of the source: a folder, or an URL.
         version: `Source.version`, the digest of what was listed.
         num_bytes: of the files; looked for on the disk before anything is fetched.
+        urls: `Source.urls`: the files' own addresses, where they have such.
+        is_image: whether the one file is a folder that is an image.
 
     Raises:
         Rejected: a file is gone, or is not the one that was listed.
         StorageError: the storage cannot be used, or the disk is full: the next source would fare no better.
     """
-    if not is_remote(address):
+    if not urls and not is_remote(address):
         yield Path(address)
         return
-    storage = _opened(address)
     with _held_folder(num_bytes) as folder:
         try:
-            entries = storage.fetch(files, folder)
+            entries = _fetch(address, files, urls, is_image, folder)
+        except BrokenObjectError:
+            raise Rejected(Reason.IO_ERROR, "a file breaks off at the same byte whenever it is fetched") from None
         except LostObjectError:
             raise Rejected(Reason.IO_ERROR, "a file is gone since it was listed; the next build looks again") from None
         if sha256_values([[entry.path, entry.size, entry.version] for entry in entries]) != version:
@@ -79,7 +91,8 @@ def staged_headers(storage: Storage, entries: Sequence[Entry], beside: Iterable[
         return
     with _held_folder() as folder:
         for entry in beside:
-            _write(folder, entry, b"")
+            if not is_image_folder(entry):
+                _write(folder, entry, b"")
         for _ in side_by_side(lambda entry: _stage_header(storage, entry, folder), entries, _WIDTH):
             pass
         yield folder
@@ -87,8 +100,6 @@ def staged_headers(storage: Storage, entries: Sequence[Entry], beside: Iterable[
 
 def header_of(storage: Storage, entry: Entry) -> bytes:
     """The first bytes of a file, as many as its header takes; all of it where that cannot be told."""
-    if entry.path.lower().endswith(".zarr"):
-        return b""  # a folder of many objects
     whole = _rule(entry)
     for size in _FIRST_BYTES if whole is not None else ():
         first = storage.head(entry, size)
@@ -154,6 +165,14 @@ def _clean_once() -> None:
     remove_leftovers()
 
 
+def _fetch(address: str, files: Sequence[str], urls: Sequence[str], is_image: bool, folder: Path) -> list[Entry]:
+    if urls:
+        from data_pipeline.storage.addresses import AddressStorage
+
+        return AddressStorage(dict(zip(files, urls, strict=True))).fetch(files, folder)
+    return _opened(address).fetch([f"{file}/" for file in files] if is_image else files, folder)
+
+
 @functools.lru_cache(4)
 def _opened(address: str) -> Storage:
     """Kept by the process: its connections are worth keeping."""
@@ -161,6 +180,9 @@ def _opened(address: str) -> Storage:
 
 
 def _stage_header(storage: Storage, entry: Entry, folder: Path) -> None:
+    if is_image_folder(entry):
+        storage.fetch_image_header(entry.path, folder)
+        return
     _write(folder, entry, header_of(storage, entry))
 
 

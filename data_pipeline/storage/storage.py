@@ -42,6 +42,9 @@ class Storage(Protocol):
     def fetch(self, paths: Sequence[str], folder: Path) -> list[Entry]:
         """Copy files to the same paths below a folder, side by side; failures that may pass are tried again.
 
+        Args:
+            paths: of files; that of a folder that is one image ends with /.
+
         Returns:
             What was copied, in the same order: with `Source.version` it shows whether it is what was listed.
 
@@ -53,6 +56,10 @@ class Storage(Protocol):
 
     def head(self, entry: Entry, num_bytes: int) -> bytes:
         """The first bytes of a file: as many as asked for, or all that it has; raises like `fetch`."""
+        ...
+
+    def fetch_image_header(self, path: str, folder: Path) -> None:
+        """Copy what a folder that is one image says of itself to the same path below a folder."""
         ...
 
     def local_path(self, path: str) -> Path | None:
@@ -98,6 +105,9 @@ class LocalFolder:
         """The first bytes of a file."""
         with open(self._root / entry.path, "rb") as file:
             return file.read(num_bytes)
+
+    def fetch_image_header(self, path: str, folder: Path) -> None:
+        """Nothing to do: it is read in place."""
 
     def local_path(self, path: str) -> Path | None:
         """The file itself."""

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipeline.sources.descriptions.addresses import is_address, one_address, read_addresses
 from data_pipeline.sources.descriptions.bids import read_bids, subject_folder_of_sources
 from data_pipeline.sources.descriptions.listed import Line, Listed
 from data_pipeline.sources.descriptions.msd import is_msd, read_msd
@@ -58,6 +59,8 @@ class Listing:
     paths: tuple[str, ...]
     """Files and folders relative to the root, sorted; none lies below another."""
     described: Described
+    urls: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """The addresses of a list that holds such, by the names that stand for them."""
 
 
 def find_descriptions(root: Path, files: Iterable[str]) -> Described:
@@ -98,6 +101,21 @@ def find_descriptions(root: Path, files: Iterable[str]) -> Described:
     return Described(_joined(tables), _joined(datasets), tuple(sorted(found)))
 
 
+def listing_of(given: Path | str) -> Listing | None:
+    """What is given as a source, where it is a list, or the address of one file; None where all below it counts.
+
+    Raises:
+        SourceError: the list cannot be used as it is.
+    """
+    if is_address(str(given)):
+        if is_listing(Path(str(given).partition("?")[0])):
+            raise SourceError(f"{given}: a list is read from a local file; download it, then give its path")
+        single = one_address(str(given))
+        return None if single is None else Listing(Path(), (), Described(), single.urls)
+    path = Path(given)
+    return read_listing(path) if is_listing(path) and not path.is_dir() else None
+
+
 def read_listing(path: Path) -> Listing:
     """A CSV, TSV or Parquet list, or a pretrain_data.json, as a source.
 
@@ -113,6 +131,10 @@ def read_listing(path: Path) -> Listing:
     lines = list(_lines(anywhere, path, form))
     if not lines:
         anywhere.refuse("lists nothing")
+    if any(is_address(line.path) for line in lines):
+        found = read_addresses(anywhere, lines)
+        described = Described(found.said, {}, ((form, path.name),))
+        return Listing(own, (), described, found.urls)
     entries = anywhere.enter(lines)
     below_own = f"{str(own).strip('/')}/" if own != own.parent else ""
     if all(name.startswith(below_own) for name in entries):
