@@ -24,6 +24,7 @@ _LARGEST_OFFSET = 1 << 28
 _MOST_REST = 512
 """Bytes after the last voxel, as some writers fill up a block; more of them, and the sizes lie."""
 _SAME_FORM = 0.01
+_INT16 = np.iinfo(np.int16)
 
 _MM_PER_UNIT = {"meter": 1000.0, "micron": 0.001}
 
@@ -130,17 +131,30 @@ def _scaled(voxels: NDArray[Any], header: Any, repairs: set[str]) -> NDArray[Any
     if slope is None or (slope, intercept) == (1.0, 0.0):
         return voxels
     repairs.add("rescaled")
-    largest = abs(slope) * 2**16 + abs(intercept)
-    is_whole = voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2 and largest < 2**31
-    if is_whole and float(slope).is_integer() and float(intercept).is_integer():
-        scaled = np.empty(voxels.shape, np.int32, order="F")
+    kind: type[np.generic] = np.float64
+    if voxels.dtype.kind in "iu" and voxels.dtype.itemsize <= 2 and slope.is_integer() and intercept.is_integer():
         slope, intercept = int(slope), int(intercept)
-    else:
-        scaled = np.empty(voxels.shape, np.float64, order="F")
+        ends = [int(end) * slope + intercept for end in (voxels.min(), voxels.max())]
+        if _INT16.min <= min(ends) and max(ends) <= _INT16.max:
+            return _scaled_in_place(voxels, slope, intercept)
+        if abs(slope) * 2**16 + abs(intercept) < 2**31:
+            kind = np.int32
+    scaled = np.empty(voxels.shape, kind, order="F")
     for slab, result in zip(voxels.T, scaled.T, strict=True):
-        np.multiply(slab, slope, out=result, dtype=scaled.dtype)
+        np.multiply(slab, slope, out=result, dtype=kind)
         np.add(result, intercept, out=result)
     return scaled
+
+
+def _scaled_in_place(voxels: NDArray[Any], slope: int, intercept: int) -> NDArray[np.int16]:
+    """Voxels of one or two bytes whose scaled values fit into int16, in the memory of the stored ones if they can."""
+    kind = np.int16 if voxels.dtype.kind == "i" else np.uint16
+    # Whatever overflows on the way ends at the right number: sums and products of 16 bits are exact but for multiples
+    # of 2^16, and the result fits.
+    bits = voxels.astype(kind, copy=False).view(np.uint16)
+    np.multiply(bits, np.uint16(slope % 2**16), out=bits)
+    np.add(bits, np.uint16(intercept % 2**16), out=bits)
+    return bits.view(np.int16)
 
 
 def _affine(header: Any, repairs: set[str]) -> NDArray[np.float64]:

@@ -255,7 +255,9 @@ def _write_level(folder: Path, voxels: NDArray[np.int16]) -> None:
         # One transaction a shard: the file is encoded and written once.
         try:
             with ts.Transaction() as transaction:
-                array.with_transaction(transaction)[shard.slices].write(voxels[shard.slices]).result()
+                part = array.with_transaction(transaction)[shard.slices]
+                # Nobody changes these voxels before they are on disk: no copy of them is needed.
+                part.write(voxels[shard.slices], can_reference_source_data_indefinitely=True).result()
         except (ValueError, OSError) as error:
             raise StoreError(
                 f"{folder.parent.parent}: a volume cannot be written ({_cause(error)}); make room there, build again"

@@ -9,10 +9,12 @@ import numpy as np
 import pydicom
 import pytest
 import SimpleITK as sitk
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data_pipeline.canonical import canonical
 from data_pipeline.sources.inventory import find_sources
-from data_pipeline.sources.nifti import header_size
+from data_pipeline.sources.nifti import _scaled, header_size
 from data_pipeline.sources.read import read_source
 from tests.pipeline.sources import (
     Series,
@@ -78,6 +80,25 @@ def test_nifti_slope_and_intercept_are_applied(tmp_path: Path) -> None:
     assert nib.load(tmp_path / "scan.nii").dataobj.inter == -1024
     _assert_as_oracle(tmp_path, [tmp_path / "scan.nii"])
     np.testing.assert_array_equal(oracle([tmp_path / "scan.nii"])[0], phantom()[:, ::-1, ::-1])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.sampled_from(["u1", "i1", "<i2", ">i2", "<u2", ">u2"]),
+    st.integers(0, 2**32),
+    st.one_of(st.sampled_from([1.0, -1.0, 2.0, 0.5, 3000.0]), st.floats(-40, 40)),
+    st.one_of(st.sampled_from([0.0, -1024.0, 32768.0, 0.25]), st.integers(-70000, 70000).map(float)),
+)
+def test_nifti_values_are_scaled_as_arithmetic_says(kind: str, seed: int, slope: float, intercept: float) -> None:
+    stored = np.frombuffer(np.random.default_rng(seed).bytes(4 * 5 * 6 * np.dtype(kind).itemsize), kind)
+    stored = stored.reshape((4, 5, 6), order="F")
+    header = nib.Nifti1Header()
+    header["scl_slope"], header["scl_inter"] = slope, intercept
+    given_slope, given_intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if given_slope == 0:
+        given_slope, given_intercept = 1.0, 0.0
+    expected = stored.astype(np.float64) * given_slope + given_intercept
+    np.testing.assert_array_equal(_scaled(stored.copy(order="F"), header, set()), expected)
 
 
 @pytest.mark.parametrize("orientation", ORIENTATIONS.values(), ids=ORIENTATIONS)
