@@ -9,8 +9,8 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -149,38 +149,37 @@ class Ledger:
 
     def forget(self, source_keys: set[str]) -> int:
         """Let the next build try these sources again; how many of them were known comes back."""
-        results = (self._read_at(place) for place in self._places.values())
-        found = {result.source_key for result in results if result is not None} & source_keys
+        found: set[str] = set()
         with _open_for_adding(self._path) as file:
-            for source_key in sorted(found):
-                file.write(json.dumps({"forget": source_key}).encode() + b"\n")
+            for key, place in self._places.items():
+                result = self._read_at(place)
+                if result is not None and result.source_key in source_keys:
+                    found.add(result.source_key)
+                    file.write(json.dumps({"forget": key.hex()}).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
         return len(found)
 
     def _read(self) -> None:
-        keys_of: dict[str, list[bytes]] = {}
         for path in sorted(self._folder.glob(f"{_LEDGER}*.jsonl")):
             file = open(path, "rb")  # noqa: SIM115  # closed by __exit__
             self._files.append(file)
             start = 0
             for line in file:
-                self._note(line, _place(len(self._files) - 1, start), keys_of)
+                self._note(line, _place(len(self._files) - 1, start))
                 start += len(line)
 
-    def _note(self, line: bytes, place: int, keys_of: dict[str, list[bytes]]) -> None:
+    def _note(self, line: bytes, place: int) -> None:
         try:
             values = json.loads(line)
             if "forget" in values:
-                for key in keys_of.pop(values["forget"], []):
-                    self._places.pop(key, None)
+                self._places.pop(bytes.fromhex(values["forget"]), None)
                 return
             result = TaskResult.from_values(values)
             key = bytes.fromhex(result.key[:32])
         except (ValueError, KeyError, TypeError, IndexError):
             return
         if result.rejected is None or result.rejected[0] not in PASSING:
-            keys_of.setdefault(result.source_key, []).append(key)
             self._places[key] = place
 
     def _read_at(self, place: int) -> TaskResult | None:
@@ -220,14 +219,15 @@ def remove_leftovers(store: Path) -> None:
                 path.unlink(missing_ok=True)
 
 
-def stored_keys(store: Path) -> set[str]:
-    """Keys of the volumes whose folders are there, whatever the tables say."""
-    return {path.name.removesuffix(".zarr") for path in (store / VOLUMES).glob("*.zarr")}
+def stored_keys(store: Path) -> Iterator[str]:
+    """Keys of the volumes whose folders are there, whatever the tables say; one in memory at a time."""
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(store / VOLUMES) as entries:
+        yield from (entry.name.removesuffix(".zarr") for entry in entries if entry.name.endswith(".zarr"))
 
 
-def remove_volumes_but(store: Path, keys: set[str]) -> None:
+def remove_volumes_but(store: Path, keys: Container[str]) -> None:
     """Delete stored volumes that no row names."""
-    for key in stored_keys(store) - keys:
+    for key in [key for key in stored_keys(store) if key not in keys]:
         shutil.rmtree(volume_folder(store, key), ignore_errors=True)
 
 
