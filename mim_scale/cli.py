@@ -13,6 +13,8 @@ from mim_scale.errors import ConfigError, exit_with
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
 from mim_scale.streaming.peek_commands import add_peek
 
+_SOURCE = "a folder, a list of paths or addresses, s3://BUCKET/PREFIX, or the address of one file"
+
 
 class _Parser(argparse.ArgumentParser):
     """Says what is wrong in one line, as everything else here does."""
@@ -60,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_data_verbs(data: Any) -> None:
     scan = data.add_parser("scan", help="list what a source folder holds, without reading voxels")
-    scan.add_argument("source", help="a folder, a list, or s3://BUCKET/PREFIX")
+    scan.add_argument("source", help=_SOURCE)
     scan.add_argument("--workers", type=int, help="processes that read headers (default: every core)")
     scan.add_argument("--store", type=Path, help="check that every input has a row in this store")
     scan.add_argument("--names", action="store_true", help="print the paths of inputs that headers refuse")
@@ -81,10 +83,10 @@ def _add_data_verbs(data: Any) -> None:
 
     listing = data.add_parser(
         "list",
-        help="write what a source folder holds as a list, for nnssl or for a later build",
+        help="write what a source holds as a list, for nnssl or for a later build",
         description="Subjects are numbered, files are named: the list holds their paths, and whatever name is in them.",
     )
-    listing.add_argument("source", type=Path)
+    listing.add_argument("source", help=_SOURCE)
     listing.add_argument("out", type=Path, help=".json for nnssl (call it pretrain_data.json), .csv or .parquet")
     listing.set_defaults(verb=lambda o: _data("export_list", o.source, o.out))
 
@@ -121,7 +123,7 @@ def _add_data_verbs(data: Any) -> None:
 
 
 def _add_build_options(build: Any) -> None:
-    build.add_argument("source", help="a folder, a list, or s3://BUCKET/PREFIX")
+    build.add_argument("source", help=_SOURCE)
     build.add_argument("store", type=Path)
     build.add_argument(
         "--spacing", type=_spacing, metavar="MM", help="resample: one number, or z,y,x (default: native)"
@@ -170,7 +172,7 @@ def _add_quarantine(data: Any) -> None:
         one.add_argument("--reason", default="", help="only those refused for this")
         one.set_defaults(names=None, json=False)
         if action in {"list", "show"}:
-            one.add_argument("--names", type=Path, metavar="SOURCE", help="show the paths behind the keys")
+            one.add_argument("--names", metavar="SOURCE", help="show the paths behind the keys")
             one.add_argument("--json", action="store_true", help="for scripts")
         one.set_defaults(
             verb=lambda o, action=action: _data("quarantine", action, o.store, tuple(o.keys), o.reason, o.names, o.json)

@@ -1,4 +1,4 @@
-"""`mim-scale data list`: what a source folder holds as a list, for nnssl or for a later build."""
+"""`mim-scale data list`: what a source holds as a list, for nnssl or for a later build."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -11,28 +11,27 @@ _FOR_NNSSL = (".nii", ".nii.gz", ".nrrd", ".mha")
 
 
 def export_list(source: Path | str, out: Path | str) -> int:
-    """Write the images below a source folder as nnssl's pretrain_data.json, or as a CSV or Parquet list.
+    """Write the images of a source as nnssl's pretrain_data.json, or as a CSV or Parquet list.
 
-    The list names files by their paths. Subjects are numbered; their names are not in it.
+    The list names files by their paths or addresses. Subjects are numbered; their names are not in it.
 
     Raises:
-        SourceError: the folder is missing, holds no image, or the list's name says no known form.
+        SourceError: the source is missing, holds no image, or the list's name says no known form.
     """
     from data_pipeline.sources.descriptions.export import write_table, written
-    from data_pipeline.sources.descriptions.find import find_descriptions
-    from data_pipeline.sources.find import list_files
-    from data_pipeline.sources.inventory import Inventory
+    from data_pipeline.sources.inventory import Inventory, kept_headers
 
-    root, path = Path(source), Path(out)
+    root, path = str(source), Path(out)
     is_nnssl = path.suffix.lower() == ".json"
     if not is_nnssl and path.suffix.lower() not in {".csv", ".parquet"}:
         raise SourceError(f"{path}: a list is a .json for nnssl, a .csv or a .parquet; choose one of them")
-    described = find_descriptions(root, (entry.path for entry in list_files(root)))
-    with Inventory(root) as inventory:
+    with Inventory(root, kept_headers(root)) as inventory:
         inventory.list_files()
         with Bar() as progress:
             inventory.read_headers(progress.looked)
-        entries = list(written(root, inventory.sources(), lambda one: described.of(one.name, *one.files)))
+        entries = list(
+            written(inventory.address, inventory.sources(), lambda one: inventory.described.of(one.name, *one.files))
+        )
         refused = sum(one.problem is not None for one in inventory.sources())
     left_out = 0
     if is_nnssl:
@@ -52,9 +51,12 @@ def export_list(source: Path | str, out: Path | str) -> int:
 
 
 def _for_nnssl(path: Path, entries: list[Written]) -> tuple[list[Written], int]:
+    from data_pipeline.sources.descriptions.addresses import is_address
     from data_pipeline.sources.descriptions.nnssl import write_nnssl
 
     images = [entry for entry in entries if entry.role == "image"]
+    if any(is_address(entry.path) for entry in images):
+        raise SourceError(f"{path}: nnssl reads files of a disk, not of a bucket or a web server; write a .csv list")
     kept = [entry for entry in images if _suffix(entry)]
     if not kept:
         raise SourceError(f"{path}: nnssl reads .nii .nii.gz .nrrd and .mha files, and the source holds none of them")
@@ -69,4 +71,4 @@ def _for_nnssl(path: Path, entries: list[Written]) -> tuple[list[Written], int]:
 
 def _suffix(entry: Written) -> str:
     """The one that nnssl knows; empty where it knows none."""
-    return next((suffix for suffix in _FOR_NNSSL if entry.path.name.lower().endswith(suffix)), "")
+    return next((suffix for suffix in _FOR_NNSSL if entry.path.lower().endswith(suffix)), "")

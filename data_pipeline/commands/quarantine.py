@@ -19,7 +19,7 @@ def quarantine(
     store: Path,
     keys: tuple[str, ...] = (),
     reason: str = "",
-    source: Path | None = None,
+    source: str | None = None,
     as_json: bool = False,
 ) -> int:
     """Look at refused inputs, or have the next build try them again or let them pass.
@@ -27,7 +27,7 @@ def quarantine(
     Args:
         keys: of inputs, as `list` shows them; all where there are none (not for waive).
         reason: only inputs refused for it.
-        source: the source folder: its paths are shown beside the keys that stand for them.
+        source: what the store was built from: paths or addresses are shown beside the keys that stand for them.
 
     Raises:
         StoreError: no store there, no such input, or a reason that cannot be waived.
@@ -78,7 +78,7 @@ def _named(row: QuarantineRow, names: dict[str, str]) -> dict[str, str]:
     return {"name": names[row.source_key]} if row.source_key in names else {}
 
 
-def _names(store: Path, source: Path) -> dict[str, str]:
+def _names(store: Path, source: str) -> dict[str, str]:
     """Paths of a source's inputs by the keys that stand for them in this store."""
     from data_pipeline.pseudonym_key import load_key
     from data_pipeline.sources.inventory import Inventory, kept_headers
@@ -130,8 +130,8 @@ def _waive(store: Path, keys: tuple[str, ...], rows: list[QuarantineRow]) -> Non
 
 
 _ADVICE = {
-    "unreadable": "the file is damaged or no image: get it again from where it came",
-    "io_error": "the disk refused: mend that, the next build tries it again",
+    "unreadable": "the file is damaged or no image: get it again from where it came; or the detail says how to give it",
+    "io_error": "the disk, the bucket or the server refused: mend that, the next build tries it again",
     "worker_died": "give the build more memory or fewer --workers; the next build tries it again",
     "missing_slices": "get the missing slices and run the build again",
     "gantry_tilt": "straighten the series with a tool of your choice and add the result",

@@ -54,6 +54,8 @@ class Inventory:
         self._files = source_files(listing.root if listing and not urls else given, urls)
         self.notes: tuple[str, ...] = ()
         """What a user should know about the scan, a line each."""
+        self.described = Described()
+        """What descriptions or the list say; once headers are read."""
         # An empty name is a private file of SQLite's own that is gone with the connection.
         self._lists = sqlite3.connect("")
         self._lists.executescript(
@@ -213,7 +215,7 @@ class Inventory:
             self._without_cache(error)
 
     def _group(self) -> None:
-        described = self._described() if self._listing is None else self._listing.described
+        described = self.described = self._described() if self._listing is None else self._listing.described
         owned = self._add_volumes(described)
         query = (
             "SELECT grp, path, size, version, facts FROM files WHERE grp != '' OR facts LIKE '{\"kind\": \"dicom\"%' "

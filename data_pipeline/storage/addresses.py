@@ -30,7 +30,7 @@ _PLAIN = re.compile(r"/[A-Za-z0-9._~-]+(?:/[A-Za-z0-9._~-]+)*")
 
 _FOLDER = "the address of a folder on a web server, which cannot be listed: list the files in it instead"
 _IMAGE = "an OME-Zarr folder on a web server, which cannot be listed: download it, or put it into a bucket"
-_LOST = "nothing is at its address; mend the list or put the file there, the next build looks again"
+_LOST = "nothing is at its address (404): mend the address or put the file there, the next build looks again"
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,8 @@ class ObjectStorage:
             return
         if self._is_web:
             raise SourceError(
-                f"{self.url}: a web server cannot be listed; give a CSV or Parquet table with the addresses"
+                f"{self.url}: a web server cannot be listed; give a list (.csv, .tsv or .parquet) whose column path "
+                "holds the addresses of its files"
             )
         self.check()
         yield from self._list()

@@ -66,7 +66,10 @@ def source_files(given: Path | str, urls: Mapping[str, str] | None = None) -> So
     """
     if urls:
         return _AtAddresses(str(given), urls)
-    return _InBucket(open_storage(str(given))) if is_remote(str(given)) else _InFolder(Path(given))
+    if str(given).startswith("file://"):
+        raise SourceError(f"{given}: give the path alone, without file://")
+    # An address of another kind is refused there.
+    return _InBucket(open_storage(str(given))) if "://" in str(given) else _InFolder(Path(given))
 
 
 class _InFolder:

@@ -1,6 +1,7 @@
 """Lists of addresses, web servers' and buckets' together: built as from a folder, whatever servers do."""
 
 import csv
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -264,6 +265,7 @@ def test_repair_fetches_what_it_needs_and_nothing_else(web: WebServer, tmp_path:
         (["s3://h/a.nii", "s3://h"], "line 3 names a bucket or a host, and nothing in it"),
         (["s3:///a.nii"], "line 2 names no bucket or host"),
         (["http://[h/a.nii"], "line 2 holds no valid address"),
+        (["ftp://h/a.nii"], "line 2 holds an address of a kind that is not read"),
         (["http://h/a.nii?sig=1", "http://h/a.nii?sig=2"], "line 3 gives a second address to one file"),
     ],
 )
@@ -271,6 +273,41 @@ def test_a_list_that_cannot_be_used_is_one_line(tmp_path: Path, lines: list[str]
     listing = write_list(tmp_path / "list.csv", lines)
     with pytest.raises(SourceError, match=words):
         Inventory(listing)
+
+
+def test_a_list_of_a_list_or_of_a_bucket_is_a_list_of_addresses(
+    web: WebServer, tree: Path, local: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first, second = write_list(tmp_path / "first.csv", every_address(web)), tmp_path / "second.parquet"
+    assert run(["data", "list", str(first), str(second)]) == 0
+    assert run_build(config(second, tmp_path / "store"), Silent()).fingerprint == local
+    assert run(["data", "list", "s3://data/in", str(tmp_path / "third.csv")]) == 0
+    paths = [row["path"] for row in csv.DictReader((tmp_path / "third.csv").open())]
+    assert {"s3://data/in/c d.mha", "s3://data/in/image.zarr"} < set(paths)
+    assert all(path.startswith("s3://data/in/") for path in paths)
+    capsys.readouterr()
+    with pytest.raises(SourceError, match=r"write a \.csv list"):
+        run(["data", "list", str(first), str(tmp_path / "pretrain_data.json")])
+
+
+def test_names_are_shown_where_they_are_asked_for(
+    web: WebServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (web.root / "bad one.nii").write_bytes(b"words")
+    urls = [f"{web.url}/bad%20one.nii?n=1&sig=SECRET", f"{web.url}/gone.nii", f"{web.url}/plain.nii.gz"]
+    listing, store = str(write_list(tmp_path / "list.csv", urls)), str(tmp_path / "store")
+    run_build(config(Path(listing), Path(store)), Silent())
+    assert run(["data", "quarantine", "list", store, "--json", "--names", listing]) == 0
+    shown = {row["reason"]: row["name"] for row in json.loads(capsys.readouterr().out)}
+    assert shown == {"unreadable": f"{web.url}/?n=1/bad one.nii", "io_error": f"{web.url}/gone.nii"}
+    assert run(["data", "scan", listing, "--names"]) == 0
+    assert "SECRET" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("given", ["ftp://host/x", "file:///x"])
+def test_addresses_of_other_kinds_are_one_line(given: str) -> None:
+    with pytest.raises(SourceError, match=r"no storage that can be read|without file://"):
+        Inventory(given)
 
 
 def test_one_address_is_a_source_of_one_input(

@@ -330,7 +330,7 @@ def web(tmp_path: Path) -> Iterator[str]:
 
 def test_a_web_server_gives_what_a_table_names(web: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MIM_SCALE_SCRATCH", str(tmp_path / "scratch"))
-    with pytest.raises(SourceError, match="give a CSV or Parquet table"):
+    with pytest.raises(SourceError, match="give a list "):
         list(open_storage(web).entries())
     storage = open_storage(web, names=["a b.nii"])
     (entry,) = storage.entries()

@@ -1,5 +1,6 @@
 """Addresses as a list writes them, made names: what tells a file apart stays, what only opens it (signatures) goes."""
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -12,6 +13,7 @@ SCHEMES = ("s3", "gs", "http", "https")
 IMAGES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".dcm", ".zarr")
 """Endings by which a bucket's address means one image, not all that lies below it."""
 
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 _SIGNATURES = frozenset({"x-amz-signature", "x-goog-signature", "signature", "sig"})
 _OF_SIGNATURES = frozenset(
     {"awsaccesskeyid", "googleaccessid", "expires", "policy", "key-pair-id", "sp", "st", "se", "spr", "sv", "sr", "sip"}
@@ -35,9 +37,8 @@ class Addressed:
 
 
 def is_address(written: str) -> bool:
-    """Whether an entry of a list is an address, not a path."""
-    scheme, found, _ = written.partition("://")
-    return bool(found) and scheme.lower() in SCHEMES
+    """Whether an entry of a list is an address, not a path; one that can be read, or not."""
+    return _ADDRESS.match(written) is not None
 
 
 def name_of(url: str) -> str:
@@ -50,6 +51,8 @@ def name_of(url: str) -> str:
     """
     scheme, _, rest = url.partition("://")
     scheme = scheme.lower()
+    if scheme not in SCHEMES:
+        raise ValueError("holds an address of a kind that is not read; use s3://, gs://, http:// or https://")
     if scheme in {"s3", "gs"}:
         # Keys are literal: nothing in them is escaped, and ? and # are letters.
         host, _, key = rest.partition("/")

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 from data_pipeline.reasons import Reason
@@ -69,11 +68,11 @@ class Line:
 class Written:
     """One image of a list that is written; only its path is in clear.
 
-    path: absolute.
+    path: absolute, or an address.
     subject, session: pseudonyms, fit for file names; a subject may be empty.
     """
 
-    path: Path = field(repr=False)
+    path: str = field(repr=False)
     subject: str
     session: str
     dataset: str = field(default="", repr=False)

@@ -103,13 +103,13 @@ def _session(name: str) -> dict[str, Any]:
 
 
 def _image(entry: Written, taken: set[str]) -> dict[str, Any]:
-    name = entry.path.name
+    name = posixpath.basename(entry.path)
     number = 1
     while name in taken:
         number += 1
-        name = f"{number}_{entry.path.name}"
+        name = f"{number}_{posixpath.basename(entry.path)}"
     raw = os.environ.get(_RAW)
-    written = str(entry.path)
+    written = entry.path
     if raw and written.startswith(root := posixpath.normpath(raw) + "/"):
         written = f"${_RAW}/{written[len(root) :]}"
     return {
