@@ -152,5 +152,5 @@ def resample(volume: Volume, spacing_mm: Spacing3) -> Volume:
     affine = np.array(volume.affine)
     affine[:3, 3] += volume.affine[:3, :3] @ offset[::-1]
     affine[:3, :3] *= factors[::-1]
-    hu = np.clip(np.rint(values), AIR_HU, _LARGEST_HU).astype(np.int16)
-    return Volume(hu, spacing_mm, affine)
+    np.clip(np.rint(values, out=values), AIR_HU, _LARGEST_HU, out=values)
+    return Volume(values.astype(np.int16), spacing_mm, affine)

@@ -255,7 +255,7 @@ def test_memory_is_asked_for_the_resampled_volume(tmp_path: Path) -> None:
         for spacing in (None, (0.1,) * 3)
     )
     for before, after in zip(plain, fine, strict=True):
-        assert after.memory_bytes - before.memory_bytes == pytest.approx(phantom().size * 1800 * 20, rel=0.01)
+        assert after.memory_bytes - before.memory_bytes == pytest.approx(phantom().size * 1801 * 8, rel=0.01)
 
 
 def test_places_for_a_store_that_cannot_be_one(source: Path, store: Path, tmp_path: Path) -> None:
