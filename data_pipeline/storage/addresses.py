@@ -9,6 +9,7 @@ from urllib.parse import urlsplit
 
 from data_pipeline.reasons import Reason
 from data_pipeline.sources.find import Entry
+from data_pipeline.storage import objects
 from data_pipeline.storage.image_folders import (
     METADATA,
     SUFFIX,
@@ -25,6 +26,7 @@ from mim_scale.errors import LostObjectError, StorageError
 
 _WIDTH = 16
 """Addresses asked at once."""
+_FIRST_PATIENCE_S = 5.0
 _PLAIN = re.compile(r"/[A-Za-z0-9._~-]+(?:/[A-Za-z0-9._~-]+)*")
 """Paths of web addresses that mean the same however they are escaped."""
 
@@ -73,6 +75,10 @@ class AddressStorage:
         Raises:
             StorageError: a bucket or a server cannot be used at all.
         """
+        # A wrong host says so at once: the first of each is asked impatiently.
+        firsts = {_base(url): (name, url) for name, url in reversed(names.items())}
+        for name, url in firsts.values():
+            _look(name, url, min(_FIRST_PATIENCE_S, objects.PATIENCE_S))
         return side_by_side(lambda item: _look(*item), names.items(), _WIDTH)
 
     def entry(self, path: str) -> Entry:
@@ -106,19 +112,19 @@ class AddressStorage:
         return replace(storage.fetch_one(key, folder, path), path=path)
 
 
-def _look(name: str, url: str) -> Found:
+def _look(name: str, url: str, patience_s: float | None = None) -> Found:
     is_web = url.lower().startswith("http")
     if is_web and name.lower().endswith(SUFFIX):
         return _nothing(name, Reason.UNREADABLE, _IMAGE)
     if is_web and urlsplit(url).path.endswith("/"):
         return _nothing(name, Reason.UNREADABLE, _FOLDER)
-    storage, key = _place(url)
+    storage, key = _place(url, patience_s)
     try:
         found = None if url.endswith("/") else _file(name, url, storage, key)
         if found is None and not is_web:
             found = _below(name, url.rstrip("/"), storage, key)
     except RefusedObjectError as error:
-        return _nothing(name, Reason.IO_ERROR, f"{error.detail}; the next build tries it again")
+        return _nothing(name, Reason.IO_ERROR, f"{error.detail}, then run the build again")
     return found or _nothing(name, Reason.IO_ERROR, _LOST)
 
 
@@ -152,20 +158,27 @@ def refuse_all(label: str, problems: Sequence[tuple[Reason, str]], num_addresses
         raise StorageError(f"{label}: {many}{problems[0][1]}")
 
 
-def _place(url: str) -> tuple[ObjectStorage, str]:
+def _base(url: str) -> str:
+    """The bucket or the server of an address, without a user's name."""
+    scheme, _, rest = url.partition("://")
+    host = re.split(r"[/?#]", rest, maxsplit=1)[0]
+    return f"{scheme.lower()}://{host.rpartition('@')[2]}"
+
+
+def _place(url: str, patience_s: float | None = None) -> tuple[ObjectStorage, str]:
     """The storage of an address, and the path there."""
     scheme, _, rest = url.partition("://")
     host, _, path = rest.partition("/")
+    label = _base(url)
     if scheme.lower() in {"s3", "gs"}:
-        return _storage(f"{scheme.lower()}://{host}", None), path.rstrip("/")
-    label = f"{scheme.lower()}://{urlsplit(url).netloc.rpartition('@')[2]}"
+        return _storage(f"{scheme.lower()}://{host}", label, patience_s), path.rstrip("/")
     if _PLAIN.fullmatch(f"/{path}") and not {".", ".."} & set(path.split("/")):
-        return _storage(f"{scheme}://{host}", label), path
+        return _storage(f"{scheme}://{host}", label, patience_s), path
     # Escapes and queries go as they are written: the library would write them in its own way.
-    return _storage(url.partition("#")[0], label), ""
+    return _storage(url.partition("#")[0], label, patience_s), ""
 
 
 @functools.lru_cache(256)
-def _storage(url: str, label: str | None) -> ObjectStorage:
+def _storage(url: str, label: str, patience_s: float | None) -> ObjectStorage:
     """Kept by the process: its connections are worth keeping."""
-    return ObjectStorage(url, label=label)
+    return ObjectStorage(url, label=label, patience_s=patience_s)

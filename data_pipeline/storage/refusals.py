@@ -22,11 +22,11 @@ class RefusedObjectError(StorageError):
     """One object cannot be had; others beside it may be.
 
     Args:
-        detail: why, without the address.
+        detail: why, and what to do, without the address.
     """
 
-    def __init__(self, url: str, detail: str, remedy: str) -> None:
-        super().__init__(f"{url}: {detail}; {remedy}")
+    def __init__(self, url: str, detail: str) -> None:
+        super().__init__(f"{url}: {detail}")
         self.detail = detail
 
 
@@ -52,13 +52,15 @@ def refusal(error: Exception, url: str) -> StorageError:
         (any(word in text for word in _METADATA), no_credentials(url)),
         (
             is_web and status in {401, 403},
-            RefusedObjectError(
-                url, f"permission denied ({status})", "sign the addresses anew, or ask those who run it for access"
-            ),
+            RefusedObjectError(url, f"permission denied ({status}): sign the address anew, or ask for access"),
+        ),
+        (
+            is_web and status is not None and 400 <= status < 500 and status not in {404, 408, 410, 412, 429},
+            RefusedObjectError(url, f"the web server does not give it ({status}): mend the address, or download it"),
         ),
         (
             _UNSIZED in text,
-            RefusedObjectError(url, "the web server does not say how large the file is", "download it yourself"),
+            RefusedObjectError(url, "the web server does not say how large the file is: download it yourself"),
         ),
         (
             code in _BAD_CREDENTIALS or type(error).__name__ == "UnauthenticatedError" or status == 401,
@@ -75,9 +77,7 @@ def refusal(error: Exception, url: str) -> StorageError:
         ),
         (
             status == 403 or type(error).__name__ == "PermissionDeniedError",
-            RefusedObjectError(
-                url, f"permission denied ({code or 403})", "the credentials must allow it, or use others"
-            ),
+            RefusedObjectError(url, f"permission denied ({code or 403}): the credentials must allow it, or use others"),
         ),
         (
             isinstance(error, FileNotFoundError) or status in {404, 410},
@@ -115,7 +115,7 @@ def is_cut(error: Exception) -> bool:
 def _network(text: str) -> str:
     """What happened on the way to the storage; empty where it did answer."""
     answers = (
-        ("dns error", "the host name is not known; mend AWS_ENDPOINT_URL or the address"),
+        ("dns error", "the host name is not known; mend the address, or AWS_ENDPOINT_URL of a bucket"),
         *(
             (word, "TLS is refused: no certificate that is trusted here; set AWS_CA_BUNDLE, or use http://")
             for word in _TLS

@@ -19,11 +19,13 @@ from mim_scale.cli import run
 from mim_scale.errors import SourceError, StorageError
 from mim_scale.store.dataset import Dataset, volume_folder
 from mim_scale.store.verify import verify
-from tests.pipeline.s3_server import Fault, Request, S3Server, s3_server
+from tests.pipeline import canaries
+from tests.pipeline.s3_server import Fault, S3Server, s3_server
 from tests.pipeline.sources import Series, config, phantom, write_image, write_series
 from tests.pipeline.test_build import Inline
+from tests.pipeline.test_canaries import Shell
 from tests.pipeline.test_ome_zarr import write_ome
-from tests.pipeline.web_server import WebServer, web_server
+from tests.pipeline.web_server import Asked, WebServer, web_server
 
 SHAPE = (20, 60, 60)
 QUERY = "plain.nii.gz?download=1&version=a%2Fb"
@@ -107,8 +109,8 @@ def test_a_list_of_addresses_gives_the_store_that_the_folder_gives(
     assert list((tmp_path / "scratch").iterdir()) == []
     web.requests.clear()
     assert run_build(config(listing, store), Silent()).was_complete
-    # Each is asked for once, and none is read again.
-    assert len(web.requests) == (3 if has_ranges else 6)
+    # Each is asked for once, the first twice, and none is read again.
+    assert len(web.requests) == (4 if has_ranges else 8)
 
 
 def test_a_parquet_list_says_whose_they_are(web: WebServer, tmp_path: Path) -> None:
@@ -154,7 +156,7 @@ def test_redirects_are_followed(web: WebServer, tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_had_is_set_aside_with_its_reason(web: WebServer, local: str, tmp_path: Path) -> None:
-    def refuse(request: Request) -> Fault | None:
+    def refuse(request: Asked) -> Fault | None:
         return Fault(status=403) if "secret" in request.path else None
 
     web.fault = refuse
@@ -184,27 +186,20 @@ def test_a_server_that_tells_no_size_is_no_reason_to_stop(web: WebServer, tmp_pa
 
 def test_a_download_that_breaks_is_taken_up_again(web: WebServer, local: str, tmp_path: Path) -> None:
     listing = write_list(tmp_path / "list.csv", every_address(web))
-    broken: list[str] = []
+    fetched: list[str] = []
 
-    def cut(request: Request) -> Fault | None:
-        broken.append(request.path)
-        return Fault(cut=True) if broken.count(request.path) in {3, 4} else None
+    def cut(request: Asked) -> Fault | None:
+        fetched.extend([request.path] * request.is_whole)
+        return Fault(cut=True) if request.is_whole and fetched.count(request.path) <= 2 else None
 
     web.fault = cut
     assert run_build(config(listing, tmp_path / "store"), Silent()).fingerprint == local
-    # Asked what is there, read as a header, fetched: the third broke, and the fourth.
-    assert {broken.count(path) for path in set(broken)} == {5}
+    assert {fetched.count(path) for path in fetched} == {3}
 
 
 def test_a_file_that_always_breaks_off_is_set_aside(web: WebServer, tmp_path: Path) -> None:
     listing = write_list(tmp_path / "list.csv", [f"{web.url}/plain.nii.gz", f"{web.url}/deep/%2541.nrrd"])
-    asked: list[str] = []
-
-    def cut(request: Request) -> Fault | None:
-        asked.append(request.path)
-        return Fault(cut=True) if "plain" in request.path and asked.count(request.path) > 2 else None
-
-    web.fault = cut
+    web.fault = lambda request: Fault(cut=True) if request.is_whole and "plain" in request.path else None
     outcome = run_build(config(listing, tmp_path / "store"), Silent())
     assert (outcome.num_volumes, outcome.reasons) == (1, {Reason.IO_ERROR: 1})
     assert "a file breaks off at the same byte whenever it is fetched" in details(tmp_path / "store")
@@ -221,12 +216,10 @@ def test_a_server_that_goes_away_stops_the_build_and_the_next_goes_on(
     listing, store = write_list(tmp_path / "list.csv", every_address(web)), tmp_path / "store"
     run_build(config(listing, tmp_path / "headers"), Silent())
     addresses._storage.cache_clear()
-    asked: list[str] = []
 
-    def fail(request: Request) -> Fault | None:
-        asked.append(request.path)
+    def fail(request: Asked) -> Fault | None:
         # After the listing and the headers, which are kept: voxels.
-        if request.path != "/deep/%41.nrrd" or asked.count(request.path) < 2:
+        if request.path != "/deep/%41.nrrd" or not request.is_whole:
             return None
         faults = {"silent": Fault(wait_s=1.0), "failing": Fault(status=503), "denied": Fault(status=403)}
         return faults.get(fault, Fault(drop=True))
@@ -255,7 +248,7 @@ def test_repair_fetches_what_it_needs_and_nothing_else(web: WebServer, tmp_path:
     web.requests.clear()
     assert run(["data", "verify", str(store), "--repair", str(listing)]) == 0
     assert not verify(store, deep=True)
-    assert len(web.requests) == 3
+    assert len(web.requests) == 4
 
 
 @pytest.mark.parametrize(
@@ -302,6 +295,32 @@ def test_names_are_shown_where_they_are_asked_for(
     assert shown == {"unreadable": f"{web.url}/?n=1/bad one.nii", "io_error": f"{web.url}/gone.nii"}
     assert run(["data", "scan", listing, "--names"]) == 0
     assert "SECRET" not in capsys.readouterr().out
+
+
+def test_no_verb_and_no_error_shows_an_address(web: WebServer, tmp_path: Path) -> None:
+    shell, folder = Shell(tmp_path), web.root / canaries.WORD
+    for number in range(2):
+        write_image(folder / f"{canaries.WORD} {number}.nii.gz", phantom(number, SHAPE))
+    (folder / "broken.nii").write_bytes(canaries.WORD.encode())
+    query = f"patient={canaries.WORD}&sig={canaries.WORD}"
+    user = web.url.replace("//", f"//{canaries.WORD}:{canaries.WORD}@")
+    names = (f"{canaries.WORD}%200.nii.gz", f"{canaries.WORD}%201.nii.gz", "broken.nii", "gone.nii", "folder/")
+    urls = [f"{user}/{canaries.WORD}/{name}?{query}" for name in names]
+    urls += [f"s3://data/{canaries.WORD}.nii", f"s3://data/{canaries.WORD}.zarr"]
+    listing = write_list(tmp_path / "list.csv", urls, subject=canaries.WORD)
+    build = ["build", listing, shell.store, "--executor", "local", "--workers", "1"]
+    plan = ["plan", listing, shell.store]
+    assert shell.run(["scan", listing], plan, build, ["quarantine", "show", shell.store]) == [0, 0, 0, 0]
+    assert len(Dataset.open(shell.store).quarantine) == 5
+    shutil.rmtree(next((shell.store / "volumes").iterdir()))
+    assert shell.run(["verify", shell.store, "--repair", listing], ["scan", listing, "--store", shell.store]) == [0, 0]
+    shell.check_folder(shell.store)
+    web.fault = lambda request: Fault(status=403)
+    assert shell.run(["scan", write_list(tmp_path / "web.csv", urls[:4])]) == [2]
+    web.fault = lambda request: Fault(status=418)
+    assert shell.run(["scan", listing], build) == [0, 2]
+    for line in ("", urls[0].replace("sig=", "sig=x"), f"{canaries.WORD}.nii", f"ftp://{canaries.WORD}/x"):
+        assert shell.run(["scan", write_list(tmp_path / "bad.csv", [urls[0], line or "s3://x"])]) == [2]
 
 
 @pytest.mark.parametrize("given", ["ftp://host/x", "file:///x"])

@@ -6,11 +6,20 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from tests.pipeline.s3_server import Fault, Request, with_suppressed
+
+
+@dataclass(frozen=True)
+class Asked(Request):
+    """A request to a web server."""
+
+    is_whole: bool
+    """Whether all of a file is asked for, not a range of it."""
 
 
 class WebServer:
@@ -29,8 +38,8 @@ class WebServer:
         self.has_sizes = True
         self.signature = ""
         self.moved: dict[str, str] = {}
-        self.fault: Callable[[Request], Fault | None] = lambda request: None
-        self.requests: list[Request] = []
+        self.fault: Callable[[Asked], Fault | None] = lambda request: None
+        self.requests: list[Asked] = []
         self._door: ThreadingHTTPServer | None = None
         self._port = 0
         self.up()
@@ -90,7 +99,7 @@ class _Handler(BaseHTTPRequestHandler):
         service = self.server.service
         parts = urlsplit(self.path)
         path = unquote(parts.path)
-        request = Request(self.command, path, parts.query)
+        request = Asked(self.command, path, parts.query, not self.headers.get("Range"))
         service.requests.append(request)
         fault = service.fault(request) or Fault()
         time.sleep(fault.wait_s)

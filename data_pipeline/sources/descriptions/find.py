@@ -127,7 +127,7 @@ def read_listing(path: Path) -> Listing:
     own = Path(os.path.abspath(path)).parent
     form = "nnssl" if path.suffix.lower() == ".json" else "table"
     # Paths may lead anywhere here: the root is found after they are known.
-    anywhere = Place(Path("/"), str(path), str(own).strip("/"))
+    anywhere = Place(Path("/"), str(path), str(own).strip("/"), remedy="mend the list")
     lines = list(_lines(anywhere, path, form))
     if not lines:
         anywhere.refuse("lists nothing")

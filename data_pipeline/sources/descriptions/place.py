@@ -50,12 +50,14 @@ class Place:
     name: of the description, as messages show it: its path relative to the root.
     folder: the one that its relative paths start at, relative to the root; "" is the root.
     known: files that were found below the root; others are looked for on the disk.
+    remedy: what to do, at the end of messages.
     """
 
     root: Path
     name: str
     folder: str
     known: Set[str] = frozenset()
+    remedy: str = _REMEDY
 
     @cached_property
     def dataset(self) -> str:
@@ -64,7 +66,7 @@ class Place:
 
     def refuse(self, what: str) -> NoReturn:
         """Raise the one line that names the description."""
-        raise SourceError(f"{self.name}: {what}; {_REMEDY}")
+        raise SourceError(f"{self.name}: {what}; {self.remedy}")
 
     def is_there(self, path: str) -> bool:
         """Whether a file or folder of this relative path is below the root."""
