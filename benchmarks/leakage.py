@@ -8,6 +8,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -17,14 +18,16 @@ from PIL import Image
 from scipy import ndimage
 
 from data_pipeline.canonical import canonical, resample
-from data_pipeline.duplicates import LEAST_SCORE, find_copies
-from data_pipeline.leakage import fingerprints_of_scan
+from data_pipeline.duplicates import LEAST_SCORE, Evidence, Link, Match, find_copies
+from data_pipeline.leakage import as_hu, fingerprints_of_scan
+from data_pipeline.overlay import CANDIDATE_SCORE, Coarse, Overlay, coarse
 from data_pipeline.reasons import Rejected
 from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
 from data_pipeline.volume_fingerprint import volume_fingerprint
 from mim_scale.store.geometry import Spacing3
+from mim_scale.store.manifest import FingerprintRow
 from mim_scale.store.volume import Volume
 
 SAME_PATIENT = (("kbp_053", "dicom2stl/head.nii"), ("heart_crop", "thorax_cta"))
@@ -135,8 +138,20 @@ CHANGES: dict[str, Change] = {
 }
 
 
-def measure(item: tuple[str, Source, int]) -> tuple[str, bytes, float, float, dict[str, list[bytes]]] | None:
-    """Name, fingerprint, CPU ms, megavoxels and, where asked for, the fingerprints of every copy of one source."""
+@dataclass
+class Measured:
+    """One source and, where asked for, every copy of it: a fingerprint and a picture for each guess of its scale."""
+
+    name: str
+    mark: bytes
+    picture: Coarse
+    cpu_ms: float
+    megavoxels: float
+    copies: dict[str, dict[bytes, Coarse]] = field(default_factory=dict)
+
+
+def measure(item: tuple[str, Source, int]) -> Measured | None:
+    """Mark one source and its copies; None where it cannot be read."""
     root, source, copies = item
     try:
         volume, _ = canonical(read_source(Path(root), source))
@@ -145,13 +160,16 @@ def measure(item: tuple[str, Source, int]) -> tuple[str, bytes, float, float, di
     before = time.process_time()
     own = volume_fingerprint(volume)
     taken = (time.process_time() - before) * 1000
-    found: dict[str, list[bytes]] = {}
-    if copies:
-        for number, (name, change) in enumerate(CHANGES.items()):
-            voxels, (z, y, x) = change(volume, np.random.default_rng((7, number)))
-            affine = np.diag([x, y, z, 1.0])
-            found[name] = fingerprints_of_scan(Scan(voxels.transpose(2, 1, 0), affine))[1]
-    return source.name, own, taken, volume.voxels.size / 1e6, found
+    measured = Measured(source.name, own, coarse(volume), taken, volume.voxels.size / 1e6)
+    for number, (name, change) in enumerate(CHANGES.items() if copies else ()):
+        voxels, (z, y, x) = change(volume, np.random.default_rng((7, number)))
+        scan = Scan(voxels.transpose(2, 1, 0), np.diag([x, y, z, 1.0]))
+        guesses = as_hu(scan.voxels)
+        measured.copies[name] = {
+            mark: coarse(canonical(replace(scan, voxels=guesses[guess]))[0])
+            for mark, guess in fingerprints_of_scan(scan)[1].items()
+        }
+    return measured
 
 
 def same_patient(a: str, b: str) -> bool:
@@ -160,7 +178,7 @@ def same_patient(a: str, b: str) -> bool:
 
 
 def main() -> None:
-    """Print the tables of docs/benchmarks/2026-11-24-leakage.md."""
+    """Print the tables of docs/benchmarks/2026-11-26-leakage.md."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
         "folders", type=Path, nargs="+", help="real CT; each volume of another patient, but for those named here"
@@ -178,9 +196,9 @@ def main() -> None:
     work = [(root, source, int(i % step == 0)) for i, (root, source) in enumerate(items)]
     with ProcessPoolExecutor(options.workers, mp_context=get_context("spawn")) as pool:
         results = [result for result in pool.map(measure, work) if result is not None]
-    print(f"{platform.machine()}; {len(results)} volumes, copies of {sum(bool(r[4]) for r in results)} of them")
-    sizes, times = [len(result[1]) for result in results], [result[2] for result in results]
-    voxels, largest = max((result[3], result[2]) for result in results)
+    print(f"{platform.machine()}; {len(results)} volumes, copies of {sum(bool(r.copies) for r in results)} of them")
+    sizes, times = [len(result.mark) for result in results], [result.cpu_ms for result in results]
+    voxels, largest = max((result.megavoxels, result.cpu_ms) for result in results)
     print(
         f"fingerprints: {statistics.median(sizes):.0f} bytes in the median, {max(sizes)} at most; CPU "
         f"{statistics.median(times):.0f} ms in the median, {largest:.0f} ms for the largest of {voxels:.1f} M voxels"
@@ -188,43 +206,97 @@ def main() -> None:
     report(results)
 
 
-def report(results: list[tuple[str, bytes, float, float, dict[str, list[bytes]]]]) -> None:
-    """Choose the threshold on the even volumes, report both halves by it and by the one in use."""
-    names = [result[0] for result in results]
+Pair = tuple[int, str, int]
+"""Which original was changed, how, and which original the copy was compared with."""
+
+
+def report(results: list[Measured]) -> None:
+    """By marks alone at several scores, and with voxels as the product looks at them; a half of the volumes each."""
+    names = [result.name for result in results]
     planted = [
-        (q, name, mark) for q, result in enumerate(results) for name, marks in result[4].items() for mark in marks
+        (q, name, mark) for q, result in enumerate(results) for name in result.copies for mark in result.copies[name]
     ]
     before = time.process_time()
-    matches = find_copies([mark for _, _, mark in planted], [result[1] for result in results], least_score=0.5)
-    seconds = time.process_time() - before
-    own: dict[tuple[int, str], float] = defaultdict(float)
-    wrong: dict[tuple[int, int, str], float] = defaultdict(float)
+    matches = find_copies([mark for _, _, mark in planted], [result.mark for result in results], least_score=0.5)
+    print(
+        f"search: {len(planted)} fingerprints against {len(results)} in {time.process_time() - before:.0f} CPU s, "
+        "candidates of a score of 0.5 or more"
+    )
+    pairs: dict[Pair, list[Match]] = defaultdict(list)
     for match in matches:
         q, name, _ = planted[match.a]
-        if q == match.b:
-            own[q, name] = max(own[q, name], match.score)
-        elif not same_patient(names[q], names[match.b]):
-            wrong[q, match.b, name] = max(wrong[q, match.b, name], match.score)
-    print(f"search: {len(planted)} fingerprints against {len(results)} in {seconds:.0f} CPU s")
-    sides = {half: {q for q, result in enumerate(results) if result[4] and (q // 2) % 2 == half} for half in (0, 1)}
-    for half, label in ((0, "chosen on"), (1, "reported")):
-        num_pairs = sum(len(results[q][4]) for q in sides[half]) * (len(results) - 1)
-        scores = sorted((score for (q, _, _), score in wrong.items() if q in sides[half]), reverse=True)
-        print(f"\n{label}: {len(sides[half])} volumes, {num_pairs} pairs of different patients")
-        for (q, other, name), score in sorted(wrong.items(), key=lambda item: -item[1])[:8]:
-            if q in sides[half]:
-                print(f"  {score:.1f} {Path(names[q]).name} ({name}) and {Path(names[other]).name}")
-        for threshold in (2.0, 2.5, 3.0, 3.5, 4.0, 5.0, LEAST_SCORE):
-            hits = [own.get((q, name), 0) >= threshold for q in sides[half] for name in results[q][4]]
-            alarms = sum(score >= threshold for score in scores)
-            rate = alarms / num_pairs * 10000
-            print(f"  threshold {threshold}: recall {np.mean(hits):.2%}, {rate:.2f} false alarms per 10,000 pairs")
-    print("\n| change | recall, chosen on | recall, reported | lowest score |\n|---|---|---|---|")
+        if q == match.b or not same_patient(names[q], names[match.b]):
+            pairs[q, name, match.b].append(match)
+    scores = {pair: max(match.score for match in held) for pair, held in pairs.items()}
+    links, told, taken = judged(results, planted, pairs)
+    halves = [
+        {(q, name) for q, result in enumerate(results) for name in result.copies if (q // 2) % 2 == half}
+        for half in (0, 1)
+    ]
+    print(f"overlays: {told}, {taken:.0f} CPU s")
+    for half, label in enumerate(("chosen on", "reported")):
+        tell_half(label, halves[half], names, scores, links)
+    columns = ("chosen on, marks", "chosen on, voxels", "reported, marks", "reported, voxels", "lowest score")
+    print(f"\n| change | {' | '.join(columns)} | lowest correlation |\n|---|---|---|---|---|---|---|")
     for name in CHANGES:
-        line = [f"{np.mean([own.get((q, name), 0) >= LEAST_SCORE for q in sides[half]]):.1%}" for half in (0, 1)]
-        missed = [Path(names[q]).name for q in sides[0] | sides[1] if own.get((q, name), 0) < LEAST_SCORE]
-        lowest = min(own.get((q, name), 0) for q in sides[0] | sides[1])
-        print(f"| {name} | {line[0]} | {line[1]} | {lowest:.1f} |" + (f" missed: {missed}" if missed else ""))
+        own = [(q, name, q) for q, result in enumerate(results) if result.copies]
+        line = []
+        for half in halves:
+            asked = [pair for pair in own if pair[:2] in half]
+            line.append(f"{np.mean([scores.get(pair, 0) >= LEAST_SCORE for pair in asked]):.1%}")
+            line.append(f"{np.mean([pair in links for pair in asked]):.1%}")
+        seen = [link.correlation for pair in own if (link := links.get(pair)) and link.correlation is not None]
+        missed = [Path(names[pair[0]]).name for pair in own if pair not in links]
+        line += [f"{min(scores.get(pair, 0) for pair in own):.1f}", f"{min(seen, default=0.0):.3f}"]
+        print(f"| {name} | {' | '.join(line)} |" + (f" missed: {missed}" if missed else ""))
+
+
+def judged(
+    results: list[Measured], planted: list[tuple[int, str, bytes]], pairs: dict[Pair, list[Match]]
+) -> tuple[dict[Pair, Link], dict[str, float], float]:
+    """What the product keeps of the candidates where voxels of both sides can be read, and at what CPU seconds."""
+    copies = {f"{q} {name}": result.copies[name] for q, result in enumerate(results) for name in result.copies}
+    overlay = Overlay(lambda key, mark: copies[key][mark], lambda key, mark: results[int(key)].picture)
+    before = time.process_time()
+    links = {}
+    for (q, name, other), held in pairs.items():
+        rows = [
+            (
+                FingerprintRow(f"{q} {name}", "", "", "", "", planted[match.a][2]),
+                FingerprintRow(str(other), "", "", "", "", results[other].mark),
+                Link(match.a, match.b, Evidence.NEAR_COPY, match),
+            )
+            for match in held
+            if match.score >= CANDIDATE_SCORE
+        ]
+        if rows and (link := overlay.judge(rows)) is not None:
+            links[q, name, other] = link
+    return links, overlay.told(), time.process_time() - before
+
+
+def tell_half(
+    label: str, copies: set[tuple[int, str]], names: list[str], scores: dict[Pair, float], links: dict[Pair, Link]
+) -> None:
+    """Recall and false alarms of one half of the volumes."""
+    num_pairs = len(copies) * (len(names) - 1)
+    wrong = {pair: score for pair, score in scores.items() if pair[:2] in copies and pair[0] != pair[2]}
+    print(f"\n{label}: {len({q for q, _ in copies})} volumes, {num_pairs} pairs of different patients")
+    for threshold in (1.0, CANDIDATE_SCORE, 2.0, 2.5, 3.0, LEAST_SCORE, 5.0):
+        hits = [scores.get((q, name, q), 0) >= threshold for q, name in copies]
+        rate = sum(score >= threshold for score in wrong.values()) / num_pairs * 10000
+        print(
+            f"  marks alone, threshold {threshold}: recall {np.mean(hits):.2%} ({len(hits) - sum(hits)} of {len(hits)} "
+            f"missed), {rate:.2f} false alarms per 10,000 pairs"
+        )
+    hits = [(q, name, q) in links for q, name in copies]
+    alarms = [pair for pair in wrong if pair in links]
+    print(
+        f"  voxels too: recall {np.mean(hits):.2%} ({len(hits) - sum(hits)} of {len(hits)} missed), "
+        f"{len(alarms) / num_pairs * 10000:.2f} false alarms per 10,000 pairs"
+    )
+    for q, name, other in alarms:
+        link = links[q, name, other]
+        print(f"    {wrong[q, name, other]:.1f} {link.correlation} {names[q]} ({name}) and {names[other]}")
 
 
 if __name__ == "__main__":

@@ -74,6 +74,8 @@ class Link:
     b: int
     evidence: Evidence
     match: Match | None = None
+    correlation: float | None = None
+    """Of the voxels, laid over each other; None where nobody looked."""
 
 
 def compare(a: Marks, b: Marks) -> tuple[float, int, int, tuple[float, float, float]]:
@@ -224,12 +226,18 @@ def _words(volumes: Sequence[Marks]) -> NDArray[np.uint32]:
     return np.concatenate([marks.bits for marks in volumes]).view("<u4")
 
 
-def links(a: Sequence[FingerprintRow], b: Sequence[FingerprintRow] | None, same_key: bool = True) -> list[Link]:
+def links(
+    a: Sequence[FingerprintRow],
+    b: Sequence[FingerprintRow] | None,
+    same_key: bool = True,
+    least_score: float = LEAST_SCORE,
+) -> list[Link]:
     """What ties volumes of two lists, or of one list, together; of each pair the strongest evidence.
 
     Args:
         a, b: b None compares a with itself.
         same_key: whether the pseudonyms of both were made under one key; otherwise they are not compared.
+        least_score: of near-copies.
     """
     other = a if b is None else b
     found: dict[tuple[int, int], Link] = {}
@@ -245,7 +253,8 @@ def links(a: Sequence[FingerprintRow], b: Sequence[FingerprintRow] | None, same_
             for j in places.get(getattr(row, name), ()):
                 if b is not None or i < j:
                     found.setdefault((i, j), Link(i, j, evidence))
-    near = find_copies([row.fingerprint for row in a], None if b is None else [row.fingerprint for row in b])
+    marks = [row.fingerprint for row in a], None if b is None else [row.fingerprint for row in b]
+    near = find_copies(*marks, least_score)
     for match in near:
         link = found.get((match.a, match.b), Link(match.a, match.b, Evidence.NEAR_COPY))
         found[match.a, match.b] = Link(link.a, link.b, link.evidence, match)

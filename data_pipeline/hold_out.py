@@ -6,7 +6,8 @@ from pathlib import Path
 
 from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.duplicates import Evidence
-from data_pipeline.leakage import Side, find_leaks, load_side, score_of
+from data_pipeline.leakage import Side, find_leaks, load_side
+from data_pipeline.overlay import NO_VOXELS, Voxels, score_of
 from mim_scale.errors import SourceError
 from mim_scale.store.manifest import FingerprintRow
 
@@ -54,17 +55,20 @@ class HoldOut:
         """Of each hold-out: its place in the order given, and the start of its digest."""
         return tuple(f"hold-out {place} ({side.digest[:8]})" for place, side in enumerate(self.sides, start=1))
 
-    def matches(self, rows: Sequence[FingerprintRow], key_check: str = "") -> dict[str, Held]:
+    def matches(
+        self, rows: Sequence[FingerprintRow], key_check: str = "", voxels: Voxels = NO_VOXELS
+    ) -> dict[str, Held]:
         """Of the volumes that are held out, by key, the strongest evidence why.
 
         Args:
             key_check: of the key of the rows' pseudonyms; patients and series are compared where it is the same.
+            voxels: of the volumes: they confirm near-copies or refute them, where the hold-out has voxels too.
         """
-        own = Side("store", tuple(rows), key_check)
+        own = Side("store", tuple(rows), key_check, voxels=voxels)
         found: dict[str, Held] = {}
         order = list(Evidence)
         for name, side in zip(self.names, self.sides, strict=True):
-            for key, held_key, link in find_leaks(own, side):
+            for key, held_key, link in find_leaks(own, side)[0]:
                 held = Held(link.evidence, held_key, name, score_of(link))
                 before = found.get(key)
                 if before is None or (order.index(held.evidence), -held.score) < (

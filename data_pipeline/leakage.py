@@ -16,15 +16,26 @@ from numpy.typing import NDArray
 
 from data_pipeline.canonical import canonical
 from data_pipeline.deidentify import PseudonymKey
-from data_pipeline.duplicates import IDENTITY, LEAST_SCORE, Evidence, Link, links
+from data_pipeline.duplicates import IDENTITY, LEAST_SCORE, Link, links
+from data_pipeline.overlay import (
+    CANDIDATE_SCORE,
+    NO_VOXELS,
+    NoVoxels,
+    Overlay,
+    Voxels,
+    is_confirmed,
+    pictures_of,
+    strongest,
+)
 from data_pipeline.reasons import Rejected, reading_failed
 from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
 from data_pipeline.volume_fingerprint import FRAMES, VERSION, volume_fingerprint
 from mim_scale.commit import sha256_values
-from mim_scale.errors import SourceError
-from mim_scale.store.dataset import FINGERPRINTS, RECORD, Dataset, read_table
+from mim_scale.errors import SourceError, StoreError
+from mim_scale.store.array_store import VolumeReader
+from mim_scale.store.dataset import FINGERPRINTS, RECORD, Dataset, read_table, volume_folder
 from mim_scale.store.geometry import whole_box
 from mim_scale.store.manifest import FingerprintRow, iter_fingerprints, read_list
 from mim_scale.store.volume import AIR_HU, Volume, content_hash, volume_key, voxel_hash
@@ -54,8 +65,13 @@ class Side:
     """(reason, detail) of images that could not be read."""
     names: dict[str, str] = field(default_factory=dict, repr=False)
     """Path by key, where files were read; for `--names` alone."""
-    picture: Callable[[str], Volume | None] = field(default=lambda key: None, repr=False)
-    """The volume of a key, where voxels are at hand."""
+    voxels: Voxels = field(default=NO_VOXELS, repr=False)
+    """Reads the volume of a key, where voxels are at hand."""
+
+    @property
+    def has_voxels(self) -> bool:
+        """Whether there is anything to lay over a near-copy."""
+        return not isinstance(self.voxels, NoVoxels)
 
     @property
     def digest(self) -> str:
@@ -95,16 +111,24 @@ def _list_side(path: Path) -> Side:
 def _store_side(path: Path) -> Side:
     dataset = Dataset.open(path)
     rows = read_table(path, dataset.record, FINGERPRINTS, lambda file: tuple(iter_fingerprints(file)))
-    stored = {row.key: row for row in dataset.rows}
+    return Side("store", rows, str(dataset.record["build_config"].get("pseudonym_key", "")), voxels=StoredVoxels(path))
 
-    def picture(key: str) -> Volume | None:
-        row = stored.get(key)
-        if row is None:
+
+@dataclass(frozen=True)
+class StoredVoxels:
+    """Of a store, also of one that is being built and has no manifest yet."""
+
+    store: Path
+
+    def __call__(self, key: str, fingerprint: bytes = b"") -> Volume | None:
+        folder = volume_folder(self.store, key)
+        try:
+            own = VolumeReader(folder, key, (1, 1, 1)).metadata()["attributes"]["mim_scale"]
+            z, y, x = own["shape"]
+            voxels = VolumeReader(folder, key, (z, y, x)).read_box(0, whole_box((z, y, x)))
+            return Volume(voxels, tuple(own["spacing_mm"]), np.array(own["affine"]))
+        except (StoreError, KeyError, TypeError, ValueError):
             return None
-        voxels = dataset.reader(row).read_box(0, whole_box(row.shape))
-        return Volume(voxels, row.spacing_mm, np.array(row.affine).reshape(4, 4))
-
-    return Side("store", rows, str(dataset.record["build_config"].get("pseudonym_key", "")), picture=picture)
 
 
 def _folder_side(path: Path, key: PseudonymKey | None, progress: Progress | None) -> Side:
@@ -113,9 +137,10 @@ def _folder_side(path: Path, key: PseudonymKey | None, progress: Progress | None
     rows: list[FingerprintRow] = []
     refused: list[tuple[str, str]] = []
     origin: dict[str, Source] = {}
+    guesses: dict[tuple[str, bytes], int] = {}
     for done, source in enumerate(sources, start=1):
         try:
-            found = _rows_of(root, source, key)
+            found, of_marks = _rows_of(root, source, key)
         except Rejected as rejected:
             refused.append((str(rejected.reason), rejected.detail))
         except Exception as error:
@@ -124,25 +149,37 @@ def _folder_side(path: Path, key: PseudonymKey | None, progress: Progress | None
             refused.append((str(failed.reason), failed.detail))
         else:
             origin.setdefault(found[0].key, source)
+            guesses |= {(found[0].key, mark): guess for mark, guess in of_marks.items()}
             rows += found
         if progress is not None:
             progress(done, len(sources))
     if not rows:
         raise SourceError(f"{path}: none of {len(sources)} inputs is a volume that can be compared")
 
-    def picture(wanted: str) -> Volume | None:
-        try:
-            scan = read_source(root, origin[wanted])
-            return canonical(replace(scan, voxels=as_hu(scan.voxels)[0]))[0]
-        except (KeyError, Rejected):
-            return None
-
     rows.sort(key=lambda row: row.key)
     names = {name: os.fsencode(source.name).decode("utf-8", "replace") for name, source in origin.items()}
-    return Side("folder", tuple(rows), key.check if key else "", tuple(refused), names, picture)
+    voxels = _FileVoxels(root, origin, guesses)
+    return Side("folder", tuple(rows), key.check if key else "", tuple(refused), names, voxels)
 
 
-def _rows_of(root: Path, source: Source, key: PseudonymKey | None) -> list[FingerprintRow]:
+@dataclass(frozen=True)
+class _FileVoxels:
+    root: Path
+    sources: dict[str, Source]
+    guesses: dict[tuple[str, bytes], int]
+    """Which guess of the scale a fingerprint is of."""
+
+    def __call__(self, key: str, fingerprint: bytes = b"") -> Volume | None:
+        try:
+            scan = read_source(self.root, self.sources[key])
+            guess = as_hu(scan.voxels)[self.guesses.get((key, fingerprint), 0)]
+            return canonical(replace(scan, voxels=guess))[0]
+        except Exception:
+            # It was read once already: what can no longer be read is only not looked at.
+            return None
+
+
+def _rows_of(root: Path, source: Source, key: PseudonymKey | None) -> tuple[list[FingerprintRow], dict[bytes, int]]:
     scan = read_source(root, source)
     volume, marks = fingerprints_of_scan(scan)
     content = content_hash(volume)
@@ -152,17 +189,21 @@ def _rows_of(root: Path, source: Source, key: PseudonymKey | None) -> list[Finge
 
     subject = pseudonym("patient", source.subject or scan.identity.patient)
     series = pseudonym("series", scan.identity.series)
-    return [FingerprintRow(volume_key(content), subject, series, content, voxel_hash(volume), mark) for mark in marks]
+    name, voxels = volume_key(content), voxel_hash(volume)
+    return [FingerprintRow(name, subject, series, content, voxels, mark) for mark in marks], marks
 
 
-def fingerprints_of_scan(scan: Scan) -> tuple[Volume, list[bytes]]:
-    """The volume that a store would hold of a scan, and a fingerprint for each scale its values may be in.
+def fingerprints_of_scan(scan: Scan) -> tuple[Volume, dict[bytes, int]]:
+    """The volume that a store would hold of a scan; a fingerprint for each scale its values may be in, and which guess.
 
     Raises:
         Rejected: no regular 3D grid, or values that are no numbers.
     """
     volumes = [canonical(replace(scan, voxels=voxels))[0] for voxels in as_hu(scan.voxels)]
-    return volumes[0], list(dict.fromkeys(volume_fingerprint(volume) for volume in volumes))
+    marks: dict[bytes, int] = {}
+    for guess, volume in enumerate(volumes):
+        marks.setdefault(volume_fingerprint(volume), guess)
+    return volumes[0], marks
 
 
 def as_hu(voxels: NDArray[np.generic]) -> list[NDArray[np.generic]]:
@@ -182,24 +223,28 @@ def as_hu(voxels: NDArray[np.generic]) -> list[NDArray[np.generic]]:
     return [np.clip(guess, AIR_HU, 30000) for guess in guesses]
 
 
-def find_leaks(corpus: Side, benchmark: Side) -> list[tuple[str, str, Link]]:
-    """(corpus key, benchmark key, strongest link) of every pair that is one scan or one patient."""
-    found: dict[tuple[str, str], Link] = {}
-    order = list(Evidence)
-    for link in links(corpus.rows, benchmark.rows, same_key=_same_key(corpus, benchmark)):
-        pair = corpus.rows[link.a].key, benchmark.rows[link.b].key
-        held = found.get(pair)
-        if held is None or (order.index(link.evidence), -score_of(link)) < (
-            order.index(held.evidence),
-            -score_of(held),
-        ):
-            found[pair] = link
-    return sorted((a, b, link) for (a, b), link in found.items())
+def find_leaks(corpus: Side, benchmark: Side) -> tuple[list[tuple[str, str, Link]], Overlay | None]:
+    """(corpus key, benchmark key, link) of every pair that is one scan or one patient, and how voxels judged.
+
+    Where voxels of both sides are at hand, weaker candidates are looked at too, and refuted ones are left out.
+    """
+    overlay = None
+    if corpus.has_voxels and benchmark.has_voxels:
+        overlay = Overlay(pictures_of(corpus.voxels), pictures_of(benchmark.voxels))
+    least_score = LEAST_SCORE if overlay is None else CANDIDATE_SCORE
+    pairs: dict[tuple[str, str], list[tuple[FingerprintRow, FingerprintRow, Link]]] = {}
+    for link in links(corpus.rows, benchmark.rows, _same_key(corpus, benchmark), least_score):
+        a, b = corpus.rows[link.a], benchmark.rows[link.b]
+        pairs.setdefault((a.key, b.key), []).append((a, b, link))
+    judge = overlay.judge if overlay is not None else strongest
+    # By key, so that each volume of a corpus is read once.
+    found = [(a, b, judge(held)) for (a, b), held in sorted(pairs.items())]
+    return [(a, b, link) for a, b, link in found if link is not None], overlay
 
 
 def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict[str, Any]:
     """What was compared, what was found, and what could not be compared, as plain JSON values."""
-    leaks = find_leaks(corpus, benchmark)
+    leaks, overlay = find_leaks(corpus, benchmark)
     hits = []
     for a, b, link in leaks:
         hit: dict[str, Any] = {"corpus_key": a, "benchmark_key": b, "evidence": str(link.evidence)}
@@ -210,6 +255,8 @@ def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict
                 "suspected": suspected(link),
                 "relation": FRAMES[link.match.relation].tolist(),
                 "shift_mm": [round(step, 1) for step in link.match.shift_mm],
+                "correlation": None if link.correlation is None else round(link.correlation, 3),
+                "confirmed_by_voxels": is_confirmed(link),
             }
         if with_names:
             hit |= {"corpus_name": corpus.names.get(a, ""), "benchmark_name": benchmark.names.get(b, "")}
@@ -221,6 +268,7 @@ def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict
         "mim_scale": version("mim-scale"),
         "volume_fingerprint_version": VERSION,
         "least_score": LEAST_SCORE,
+        "overlay": None if overlay is None else overlay.told(),
         "corpus": _told(corpus),
         "benchmark": _told(benchmark),
         "num_benchmark_images": len(benchmark.keys),
@@ -272,11 +320,6 @@ def _told(side: Side) -> dict[str, Any]:
 
 def _same_key(a: Side, b: Side) -> bool:
     return bool(a.key_check) and a.key_check == b.key_check
-
-
-def score_of(link: Link) -> float:
-    """Of its near-copy; 0 where hashes or pseudonyms alone tie the two."""
-    return link.match.score if link.match is not None else 0.0
 
 
 def _count(refused: Sequence[tuple[str, str]], reason: str) -> int:

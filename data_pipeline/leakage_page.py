@@ -90,7 +90,10 @@ def _hits(values: dict[str, Any], corpus: Side, benchmark: Side, with_pictures: 
         ]
         evidence = _WORDS[hit["evidence"]]
         if hit.get("suspected"):
-            evidence += f"<br><small>{html.escape(hit['suspected'])}; {hit['marks_in_common']} marks in common</small>"
+            evidence += (
+                f"<br><small>{html.escape(hit['suspected'])}; {hit['marks_in_common']} marks in common; "
+                f"{_told_by_voxels(hit)}</small>"
+            )
         lines.append(
             f"<tr><td>{names[0]}</td><td>{names[1]}</td><td>{evidence}</td>"
             f"<td class='number'>{hit.get('score', '')}</td><td>{shown}</td></tr>"
@@ -98,6 +101,30 @@ def _hits(values: dict[str, Any], corpus: Side, benchmark: Side, with_pictures: 
     row = "".join(f"<th>{head}</th>" for head in heads)
     return (
         f"<h2>What was found</h2><table id='hits'><thead><tr>{row}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
+    )
+
+
+def _told_by_voxels(hit: dict[str, Any]) -> str:
+    if hit["confirmed_by_voxels"]:
+        return f"<b>confirmed by voxels, correlation {hit['correlation']:.2f}</b>"
+    if hit["correlation"] is not None:
+        return f"not confirmed by voxels, correlation {hit['correlation']:.2f}, but too many marks agree to drop it"
+    return "by marks alone" if hit["evidence"] == "near_copy" else "voxels were not laid over each other"
+
+
+def _overlay(values: dict[str, Any]) -> str:
+    told = values["overlay"]
+    if told is None:
+        return (
+            "<p>One side is a list, which carries no voxels: near-copies stand by their marks alone, "
+            "none was confirmed or refuted.</p>"
+        )
+    return (
+        f"<p>Near-copies from a score of {told['candidate_score']} on were laid over each other, voxels on voxels: "
+        f"<b>{told['num_looked_at']} candidates looked at, {told['num_confirmed']} confirmed, {told['num_refuted']} "
+        f"refuted and dropped</b> ({told['num_refuted_hits']} of these would have counted by their marks). Confirmed "
+        f"means that soft tissue correlates by {told['least_correlation']} or more. Pairs whose voxels cannot be read "
+        "or hardly overlap are never dropped for it.</p>"
     )
 
 
@@ -116,7 +143,7 @@ def _compared(values: dict[str, Any]) -> str:
         "<p>Evidence, strongest first: equal voxels; one series; one patient (the last two by pseudonym, under one key "
         f"only); a near-copy, which is a volume fingerprint (version {values['volume_fingerprint_version']}) of score "
         f"{values['least_score']} or more. Near-copies are found after flips, wrong axes, resampling, windowing, "
-        "cropping, thicker slices and lossy compression.</p>"
+        "cropping, thicker slices and lossy compression.</p>" + _overlay(values)
     )
 
 
@@ -134,7 +161,7 @@ def _limits(values: dict[str, Any]) -> str:
 
 
 def _pair(corpus: Side, benchmark: Side, hit: dict[str, Any]) -> str:
-    ours, theirs = corpus.picture(hit["corpus_key"]), benchmark.picture(hit["benchmark_key"])
+    ours, theirs = corpus.voxels(hit["corpus_key"]), benchmark.voxels(hit["benchmark_key"])
     shown = []
     for name, volume, place in (("corpus", ours, _place_in_corpus(hit, ours, theirs)), ("benchmark", theirs, None)):
         if volume is not None:

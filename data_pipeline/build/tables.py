@@ -15,6 +15,7 @@ from data_pipeline.build.ledger import FOLDER, Ledger
 from data_pipeline.build.task import Task
 from data_pipeline.duplicates import groups
 from data_pipeline.hold_out import HoldOut
+from data_pipeline.leakage import StoredVoxels
 from data_pipeline.reasons import PASSING, Reason
 from mim_scale.errors import StoreError
 from mim_scale.store.manifest import FingerprintRow, QuarantineRow, Row, iter_fingerprints, write_fingerprints
@@ -169,6 +170,7 @@ def _search(table: Path, hold_out: HoldOut, key_check: str) -> tuple[dict[str, s
     """The group of each volume whose group is not its subject, and why a volume is held out."""
     rows = tuple(iter_fingerprints(table))
     found = groups(rows)
-    held = hold_out.matches(rows, key_check) if hold_out.sides else {}
+    voxels = StoredVoxels(table.parent.parent)
+    held = hold_out.matches(rows, key_check, voxels) if hold_out.sides else {}
     details = {key: f"{why.evidence}: {why.key} of {why.list_name}" for key, why in held.items()}
     return {row.key: found[row.key] for row in rows if found[row.key] != row.subject}, details

@@ -44,6 +44,12 @@ def leakage(
     rows.add_row("in the corpus", f"{values['num_leaked']} of {len(theirs.keys)} benchmark images")
     for evidence, count in Counter(hit["evidence"] for hit in values["hits"]).items():
         rows.add_row(evidence, f"{count} pairs")
+    if overlay := values["overlay"]:
+        rows.add_row(
+            "laid over each other",
+            f"{overlay['num_looked_at']} candidates: voxels confirmed {overlay['num_confirmed']}, "
+            f"refuted {overlay['num_refuted']}",
+        )
     shown = console()
     shown.print(rows)
     for line in values["not_compared"]:

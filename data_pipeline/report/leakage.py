@@ -55,7 +55,13 @@ def leakage_section(values: dict[str, Any] | None, digest: str) -> str:
         verdict = (
             f'<p class="{kind}"><strong>None of {images:,} benchmark images was found in the corpus{but}.</strong></p>'
         )
-    return verdict + _corpus(values, digest) + _not_compared(values["not_compared"]) + _hits(values["hits"])
+    return (
+        verdict
+        + _corpus(values, digest)
+        + _overlay(values.get("overlay"))
+        + _not_compared(values["not_compared"])
+        + _hits(values["hits"])
+    )
 
 
 def _corpus(values: dict[str, Any], digest: str) -> str:
@@ -66,6 +72,15 @@ def _corpus(values: dict[str, Any], digest: str) -> str:
     return (
         '<p class="bad"><strong>The corpus of this certificate is not this store as it is now:</strong> '
         f"{sides}. Run <code>data leakage</code> again.</p>"
+    )
+
+
+def _overlay(told: dict[str, Any] | None) -> str:
+    if told is None:
+        return "<p>Near-copies stand by their marks alone: no voxels were laid over each other.</p>"
+    return (
+        f"<p>Of {told['num_looked_at']:,} candidates laid over each other, voxels confirmed {told['num_confirmed']:,} "
+        f"and refuted {told['num_refuted']:,}.</p>"
     )
 
 

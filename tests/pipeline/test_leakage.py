@@ -1,7 +1,9 @@
 """The leakage certificate finds what is in the corpus, names what it did not compare, and names no file unasked."""
 
 import json
+import pickle
 import secrets
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,11 +12,12 @@ import pytest
 import SimpleITK as sitk
 
 from data_pipeline.deidentify import PseudonymKey
-from data_pipeline.duplicates import Evidence
+from data_pipeline.duplicates import LEAST_SCORE, Evidence
 from data_pipeline.hold_out import HoldOut
-from data_pipeline.leakage import as_hu, certificate, find_leaks, load_side
+from data_pipeline.leakage import Side, StoredVoxels, as_hu, certificate, find_leaks, load_side
 from data_pipeline.leakage_page import page
-from data_pipeline.volume_fingerprint import volume_fingerprint
+from data_pipeline.overlay import NO_VOXELS
+from data_pipeline.volume_fingerprint import unpack, volume_fingerprint
 from mim_scale.cli import run
 from mim_scale.errors import DamagedError, SourceError
 from mim_scale.store.dataset import Dataset, commit_dataset
@@ -84,10 +87,10 @@ def test_a_list_of_fingerprints_stands_for_the_images(corpus: Path, benchmark: P
     listed = load_side(file)
     assert listed.rows == theirs.rows
     assert listed.key_check == KEY.check
-    assert listed.picture(theirs.rows[0].key) is None
+    assert listed.voxels(theirs.rows[0].key) is None
     ours = load_side(corpus)
-    pairs = [(a, b) for a, b, _ in find_leaks(ours, listed)]
-    assert pairs == [(a, b) for a, b, _ in find_leaks(ours, theirs)]
+    pairs = [(a, b) for a, b, _ in find_leaks(ours, listed)[0]]
+    assert pairs == [(a, b) for a, b, _ in find_leaks(ours, theirs)[0]]
     assert len(pairs) == 2
     assert file.stat().st_size < 20 * 6000
 
@@ -133,6 +136,68 @@ def test_the_page_shows_both_and_needs_no_other_file(corpus: Path, benchmark: Pa
     assert "<script>" not in page(hostile, ours, theirs)
 
 
+@pytest.fixture
+def suspect(benchmark: Path, tmp_path: Path) -> Side:
+    """One image of a person that the corpus lacks, with six marks of one that it has."""
+    write(tmp_path / "suspect" / "one.nii.gz", person(4))
+    side = load_side(tmp_path / "suspect", KEY)
+    marks = volume_fingerprint(person(1))
+    length = (len(marks) - 1) // len(unpack(marks))
+    return replace(side, rows=(replace(side.rows[0], fingerprint=marks[: 1 + 6 * length]),))
+
+
+def test_a_certificate_says_what_the_voxels_say(corpus: Path, benchmark: Path, suspect: Side) -> None:
+    ours, theirs = load_side(corpus), load_side(benchmark, KEY)
+    values = certificate(ours, theirs)
+    (near,) = (hit for hit in values["hits"] if hit["evidence"] == "near_copy")
+    assert near["confirmed_by_voxels"]
+    assert 0.97 < near["correlation"] <= 1
+    counts = {"num_looked_at": 1, "num_confirmed": 1, "num_refuted": 0, "num_refuted_hits": 0}
+    assert values["overlay"] == counts | {"candidate_score": 1.5, "least_correlation": 0.95}
+    text = page(values, ours, theirs, with_pictures=False)
+    assert f"confirmed by voxels, correlation {near['correlation']:.2f}" in text
+    assert "1 candidates looked at, 1 confirmed, 0 refuted and dropped" in text
+
+    false = certificate(ours, suspect)
+    assert (false["hits"], false["clean"]) == ([], True)
+    assert (false["overlay"]["num_refuted"], false["overlay"]["num_refuted_hits"]) == (1, 1)
+    assert "1 candidates looked at, 0 confirmed, 1 refuted and dropped" in page(false, ours, suspect)
+
+
+def test_voxels_that_nobody_can_read_refute_nothing(corpus: Path, suspect: Side, tmp_path: Path) -> None:
+    ours = load_side(corpus)
+    (tmp_path / "suspect" / "one.nii.gz").unlink()
+    gone = certificate(ours, suspect)
+    listed = certificate(ours, replace(suspect, kind="list", voxels=NO_VOXELS))
+    for values in (gone, listed):
+        (hit,) = values["hits"]
+        assert (hit["correlation"], hit["confirmed_by_voxels"]) == (None, False)
+        assert hit["score"] > LEAST_SCORE
+        assert "marks in common; by marks alone" in page(values, ours, suspect)
+    assert gone["overlay"]["num_looked_at"] == 0
+    assert listed["overlay"] is None
+    assert "a list, which carries no voxels" in page(listed, ours, suspect)
+
+
+def test_hold_outs_are_judged_by_voxels_too_and_travel_to_another_process(corpus: Path, suspect: Side) -> None:
+    rows = load_side(corpus).rows
+    held = pickle.loads(pickle.dumps(HoldOut([suspect])))
+    assert len(held.matches(rows)) == 1
+    assert held.matches(rows, voxels=StoredVoxels(corpus)) == {}
+    assert len(HoldOut([replace(suspect, voxels=NO_VOXELS)]).matches(rows, voxels=StoredVoxels(corpus))) == 1
+
+
+def test_a_damaged_volume_of_a_store_has_no_voxels_to_show(corpus: Path, tmp_path: Path) -> None:
+    key = Dataset.open(corpus).rows[0].key
+    assert StoredVoxels(corpus)(key) is not None
+    copy = shutil.copytree(corpus, tmp_path / "corpus")
+    for chunk in (copy / "volumes" / f"{key}.zarr" / "0").rglob("*"):
+        if chunk.is_file() and chunk.name != "zarr.json":
+            chunk.unlink()
+    assert StoredVoxels(copy)(key) is None
+    assert StoredVoxels(copy)("none") is None
+
+
 def test_the_verdict_is_clean_only_where_all_was_compared(corpus: Path, tmp_path: Path) -> None:
     write(tmp_path / "a.nii.gz", person(8))
     ours = load_side(corpus)
@@ -169,9 +234,9 @@ def test_patients_count_under_one_key_only(tmp_path: Path) -> None:
     for folder, seed in (("a", 20), ("b", 21)):
         write_series(tmp_path / folder / "series", Series(person(seed, (20, 30, 34)).voxels))
     ours, same = load_side(tmp_path / "a", KEY), load_side(tmp_path / "b", KEY)
-    assert [link.evidence for _, _, link in find_leaks(ours, same)] == [Evidence.SAME_PATIENT]
-    assert find_leaks(ours, load_side(tmp_path / "b", PseudonymKey(secrets.token_bytes(32)))) == []
-    assert find_leaks(ours, load_side(tmp_path / "b")) == []
+    assert [link.evidence for _, _, link in find_leaks(ours, same)[0]] == [Evidence.SAME_PATIENT]
+    assert find_leaks(ours, load_side(tmp_path / "b", PseudonymKey(secrets.token_bytes(32))))[0] == []
+    assert find_leaks(ours, load_side(tmp_path / "b"))[0] == []
 
 
 def test_hold_outs_name_what_and_why(corpus: Path, benchmark: Path, tmp_path: Path) -> None:

@@ -1,15 +1,19 @@
 """What a store refused: shown, tried again, let pass; and the proof that nothing else was lost."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data_pipeline.build.run import Outcome, Silent, plan_build, run_build
+from data_pipeline.hold_out import Held, HoldOut
+from data_pipeline.overlay import NO_VOXELS, Voxels
 from mim_scale.cli import run
 from mim_scale.errors import ConfigError, SourceError, StoreError
 from mim_scale.store.dataset import Dataset
+from mim_scale.store.manifest import FingerprintRow
 from tests.pipeline.sources import config, phantom, write_image
 from tests.pipeline.test_build import Inline
 
@@ -194,3 +198,21 @@ def test_what_is_held_out_is_kept_out_and_the_row_says_why(source: Path, store: 
     assert run_build(config(source, store, hold_out=(str(benchmark),)), Silent()).was_complete
     with pytest.raises(SourceError, match="no such store, folder, image or list"):
         run_build(config(source, store, hold_out=(str(tmp_path / "gone"),)), Silent())
+
+
+def test_a_build_lays_its_own_voxels_over_what_is_held_out(
+    source: Path, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[bool] = []
+
+    def matches(
+        self: HoldOut, rows: Sequence[FingerprintRow], key_check: str = "", voxels: Voxels = NO_VOXELS
+    ) -> dict[str, Held]:
+        read.extend(voxels(row.key) is not None for row in rows)
+        return {}
+
+    monkeypatch.setattr(HoldOut, "matches", matches)
+    benchmark = tmp_path / "benchmark"
+    write_image(benchmark / "test case.nii.gz", phantom(21), "PIR")
+    outcome = run_build(config(source, store, hold_out=(str(benchmark),)), Silent())
+    assert read == [True] * outcome.num_volumes
