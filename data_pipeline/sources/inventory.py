@@ -22,7 +22,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from data_pipeline.reasons import PASSING, Reason
-from data_pipeline.sources.descriptions.find import DESCRIPTIONS, Described, find_descriptions, listing_of
+from data_pipeline.sources.descriptions.find import READ, Described, find_descriptions, listing_of
 from data_pipeline.sources.dicom_series import DicomFacts, sources_of
 from data_pipeline.sources.find import FACTS_VERSION, Entry, read_facts
 from data_pipeline.sources.source import Source
@@ -92,6 +92,7 @@ class Inventory:
                 yield os.fsencode(entry.path), entry.size, entry.version
 
         self._lists.executemany("INSERT INTO files (path, size, version) VALUES (?, ?, ?)", rows())
+        self._gather_images()
         self._note_refused()
         for row in self._lists.execute("SELECT path, size, version FROM files ORDER BY path"):
             digest.update(repr(row).encode())
@@ -186,6 +187,15 @@ class Inventory:
         except sqlite3.Error as error:
             self._without_cache(error)
 
+    def _gather_images(self) -> None:
+        """One entry for a folder that proved to be an image when all of it was listed."""
+        for entry in self._files.images():
+            # What lies below a folder sorts behind its name and /, and before its name and 0.
+            bounds = [os.fsencode(entry.path + end) for end in "/0"]
+            self._lists.execute("DELETE FROM files WHERE path > ? AND path < ?", bounds)
+            row = (os.fsencode(entry.path), entry.size, entry.version)
+            self._lists.execute("INSERT INTO files (path, size, version) VALUES (?, ?, ?)", row)
+
     def _note_refused(self) -> None:
         """What a list names and nobody can have: that is known without a header."""
         for name, problem in self._files.refused().items():
@@ -230,7 +240,7 @@ class Inventory:
         self._refuse_no_image()
 
     def _described(self) -> Described:
-        with self._files.descriptions(self._all, DESCRIPTIONS) as root:
+        with self._files.descriptions(self._all, READ) as root:
             try:
                 return find_descriptions(root, self._names())
             except SourceError as error:

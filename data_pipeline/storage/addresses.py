@@ -75,9 +75,8 @@ class AddressStorage:
         Raises:
             StorageError: a bucket or a server cannot be used at all.
         """
-        # A wrong host says so at once: the first of each is asked impatiently.
-        firsts = {_base(url): (name, url) for name, url in reversed(names.items())}
-        for name, url in firsts.values():
+        # A wrong host says so at once: one address of each is asked impatiently.
+        for name, url in {_base(url): (name, url) for name, url in names.items()}.values():
             _look(name, url, min(_FIRST_PATIENCE_S, objects.PATIENCE_S))
         return side_by_side(lambda item: _look(*item), names.items(), _WIDTH)
 

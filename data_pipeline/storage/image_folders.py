@@ -14,6 +14,8 @@ from data_pipeline.storage.storage import side_by_side
 SUFFIX = ".zarr"
 METADATA = ("zarr.json", ".zattrs", ".zgroup", ".zarray")
 """Names of the files that say what an image is."""
+ATTRIBUTES = METADATA[:2]
+"""Of these, those that say whether it is one."""
 _VERSION = "folder "
 """Before the version of an entry that stands for a folder."""
 _WIDTH = 16

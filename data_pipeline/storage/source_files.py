@@ -9,8 +9,9 @@ from typing import Protocol
 from data_pipeline.reasons import Reason
 from data_pipeline.sources.descriptions.addresses import shown
 from data_pipeline.sources.find import Entry, list_files
+from data_pipeline.sources.ome_metadata import is_ome_zarr
 from data_pipeline.sources.source import Source
-from data_pipeline.storage.image_folders import gathered
+from data_pipeline.storage.image_folders import ATTRIBUTES, Objects, folder_entry, gathered
 from data_pipeline.storage.staging import staged_headers
 from data_pipeline.storage.storage import Storage, absolute, is_remote, open_storage
 from mim_scale.errors import SourceError
@@ -49,6 +50,10 @@ class SourceFiles(Protocol):
         """
         ...
 
+    def images(self) -> Iterator[Entry]:
+        """Folders that are one image, among what `entries` gave as files; after it."""
+        ...
+
     def refused(self) -> Mapping[str, tuple[Reason, str]]:
         """Why nothing can be had where the list says, by path; after `entries`."""
         ...
@@ -68,8 +73,13 @@ def source_files(given: Path | str, urls: Mapping[str, str] | None = None) -> So
         return _AtAddresses(str(given), urls)
     if str(given).startswith("file://"):
         raise SourceError(f"{given}: give the path alone, without file://")
-    # An address of another kind is refused there.
-    return _InBucket(open_storage(str(given))) if "://" in str(given) else _InFolder(Path(given))
+    if is_remote(str(given)):
+        from data_pipeline.storage.objects import ObjectStorage
+
+        return _InBucket(ObjectStorage(str(given)))
+    if "://" in str(given):
+        open_storage(str(given))  # says that there is no such storage
+    return _InFolder(Path(given))
 
 
 class _InFolder:
@@ -91,6 +101,9 @@ class _InFolder:
     ) -> AbstractContextManager[Path]:
         return nullcontext(self._root)
 
+    def images(self) -> Iterator[Entry]:
+        return iter(())
+
     def refused(self) -> Mapping[str, tuple[Reason, str]]:
         return {}
 
@@ -98,9 +111,15 @@ class _InFolder:
         return ()
 
 
+class _Bucket(Storage, Objects, Protocol):
+    """A storage that lists what lies below a path."""
+
+
 class _InBucket:
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: _Bucket) -> None:
         self._storage = storage
+        self._marked: dict[str, list[Entry]] = {}
+        """Folders with metadata of Zarr in them, and that."""
 
     @property
     def address(self) -> str:
@@ -115,6 +134,9 @@ class _InBucket:
         is_empty = True
         for entry in gathered(self._storage.entries()):
             is_empty = False
+            folder, _, name = entry.path.rpartition("/")
+            if name in ATTRIBUTES:
+                self._marked.setdefault(folder, []).append(entry)
             yield entry
         if is_empty:
             raise SourceError(
@@ -130,6 +152,26 @@ class _InBucket:
     ) -> AbstractContextManager[Path]:
         named = [entry for entry in entries() if posixpath.basename(entry.path) in names]
         return staged_headers(self._storage, named, entries() if named else ())
+
+    def images(self) -> Iterator[Entry]:
+        """By what the metadata say: those whose names end in .zarr were one entry from the start.
+
+        Raises:
+            SourceError: all below the address is one image.
+        """
+        image: list[str] = []
+        with staged_headers(self._storage, [entry for entries in self._marked.values() for entry in entries]) as root:
+            # By parts: what lies below a folder then follows it.
+            for parts in sorted(folder.split("/") for folder in self._marked):
+                folder = "/".join(parts)
+                if (image and parts[: len(image)] == image) or not is_ome_zarr(root / folder):
+                    continue
+                if not folder:
+                    raise SourceError(
+                        f"{self.address}: is one OME-Zarr image; name it in a list (.csv), or rename it *.zarr"
+                    )
+                image = parts
+                yield folder_entry(folder, self._storage.below(folder))
 
     def refused(self) -> Mapping[str, tuple[Reason, str]]:
         return {}
@@ -176,6 +218,9 @@ class _AtAddresses:
         self, entries: Callable[[], Iterator[Entry]], names: frozenset[str]
     ) -> AbstractContextManager[Path]:
         return staged_headers(self._storage, ())
+
+    def images(self) -> Iterator[Entry]:
+        return iter(())
 
     def refused(self) -> Mapping[str, tuple[Reason, str]]:
         return self._refused

@@ -30,7 +30,7 @@ _FIRST_BYTES = (1 << 16, 1 << 20)
 """Read of a file until its header is whole; after the last, all of it."""
 _WIDTH = 32
 """Headers fetched at once: each is a wait for the network, hardly any work."""
-_WHOLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".txt")
+_WHOLE_SUFFIXES = (".json", ".csv", ".tsv", ".parquet", ".txt", ".zattrs")
 """Descriptions of data sets: there is no first part of them that would do."""
 _LARGEST_DESCRIPTION = 1 << 28
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.build.run import Silent, run_build
-from data_pipeline.sources.find import list_files
 from data_pipeline.storage import objects, staging
 from data_pipeline.storage.push import push_folder
 from data_pipeline.storage.source_files import source_files
@@ -21,6 +20,7 @@ from mim_scale.errors import StorageError
 from mim_scale.store.verify import verify
 from tests.pipeline.s3_server import Fault, Request, S3Server, s3_server
 from tests.pipeline.sources import Series, config, phantom, with_tags, write_image, write_series
+from tests.pipeline.test_ome_zarr import write_ome
 from tests.pipeline.test_push import Quiet
 
 URL = "s3://data/archive"
@@ -34,6 +34,10 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_image(root / "detached/a.mhd", phantom(5, (20, 60, 60)))
     write_series(root / "series", Series(phantom(6)))
     write_series(root / "mr", with_tags(Series(phantom(7)), Modality="MR"))
+    write_ome(root / "image.zarr", phantom(8))
+    write_ome(root / "no suffix", phantom(9), zarr_format=2)
+    for number in range(2):
+        write_ome(root / f"several/{number}", phantom(10 + number))
     (root / "subjects.csv").write_text("path,subject\nfiles/0.nii.gz,one\nfiles/1.nii.gz,one\n")
     (root / "notes.txt").write_text("words")
     (root / "broken.nrrd").write_bytes(b"NRRD0004\n")
@@ -49,8 +53,9 @@ def local(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def running(tree: Path) -> Iterator[S3Server]:
     with s3_server("data") as server:
-        for entry in list_files(tree):
-            server.put(f"/data/archive/{entry.path}", (tree / entry.path).read_bytes())
+        for path in tree.rglob("*"):
+            if path.is_file():
+                server.put(f"/data/archive/{path.relative_to(tree)}", path.read_bytes())
         yield server
 
 
@@ -82,16 +87,22 @@ def test_a_bucket_gives_the_store_that_its_folder_gives(
 ) -> None:
     store = tmp_path / "store"
     assert run(["data", "scan", URL]) == 0
-    assert "8 inputs, 1 of them refused by their headers" in capsys.readouterr().out
+    assert "12 inputs, 1 of them refused by their headers" in capsys.readouterr().out
     outcome = run_build(remote(store), Silent())
     assert outcome.fingerprint == local
     assert not verify(store, deep=True)
     assert staged_now(tmp_path) == []
     server.requests.clear()
     assert run_build(remote(store), Silent()).was_complete
-    # Only the listing: no header and no voxel is read again.
-    assert {request.path for request in server.requests} == {"/data"}
+    # Only the listing, and what tells folders from images: no header and no voxel is read again.
+    read = {request.path for request in server.requests if not request.path.endswith((".zattrs", "zarr.json"))}
+    assert read == {"/data"}
     push_folder(store, "s3://data/store", Quiet())
+    # Our own store is a source, too, and says who is who.
+    again = run_build(
+        BuildConfig(source="s3://data/store", store=str(tmp_path / "again"), executor="local", workers=1), Silent()
+    )
+    assert (again.num_volumes, again.num_subjects) == (outcome.num_volumes, outcome.num_subjects)
 
 
 def test_a_killed_worker_is_replaced_and_leaves_no_staged_file(server: S3Server, local: str, tmp_path: Path) -> None:

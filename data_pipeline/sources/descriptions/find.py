@@ -22,10 +22,13 @@ from data_pipeline.sources.descriptions.place import Place, parse_json
 from data_pipeline.sources.descriptions.store import is_store, read_store
 from data_pipeline.sources.descriptions.table import SUFFIXES, TABLES, has_paths, table_lines
 from mim_scale.errors import SourceError
+from mim_scale.store.dataset import MANIFEST
 
 _DATASET = "dataset.json"
 DESCRIPTIONS = frozenset({_DATASET, NNSSL, *TABLES})
 """Names of files that describe others."""
+READ = DESCRIPTIONS | {MANIFEST}
+"""Names of all files that are read for it."""
 _VOLUMES = (".nii", ".nii.gz", ".nrrd", ".nhdr", ".mha", ".mhd", ".zarr")
 _Entries = dict[str, Listed]
 
