@@ -85,7 +85,10 @@ def prepare(folder: Path, shared: Path | None) -> list[str]:
 
 
 def _stack(source: Path, target: Path) -> None:
-    """Copies of a series on top of each other, as one longer series of about SLICES slices."""
+    """Copies of a series on top of each other, as one longer series of about SLICES slices.
+
+    Each copy is mirrored another way: equal slices would compress to nothing.
+    """
     import numpy as np
     import pydicom
 
@@ -98,8 +101,16 @@ def _stack(source: Path, target: Path) -> None:
     slices.sort(key=lambda one: float(np.dot(normal, one.ImagePositionPatient)))
     step = np.subtract(slices[-1].ImagePositionPatient, slices[0].ImagePositionPatient) / (len(slices) - 1)
     first = np.array(slices[0].ImagePositionPatient, float)
+    pixels = [one.pixel_array for one in slices]
+    syntax = slices[0].file_meta.TransferSyntaxUID
     for number in range(max(1, SLICES // len(slices)) * len(slices)):
-        one = slices[number % len(slices)]
+        copy, place = divmod(number, len(slices))
+        one = slices[place]
+        mirrored = np.ascontiguousarray(pixels[place][:: (-1) ** (copy // 2), :: (-1) ** copy])
+        if syntax.is_compressed:
+            one.compress(syntax, mirrored, encoding_plugin="pylibjpeg", generate_instance_uid=False)
+        else:
+            one.PixelData = mirrored.tobytes()
         one.ImagePositionPatient = [f"{value:.6f}" for value in first + number * step]
         one.InstanceNumber = number + 1
         one.SOPInstanceUID = one.file_meta.MediaStorageSOPInstanceUID = pydicom.uid.generate_uid()
