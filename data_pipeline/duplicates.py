@@ -15,7 +15,7 @@ from data_pipeline.volume_fingerprint import FRAMES, Marks, unpack
 from mim_scale.store.manifest import FingerprintRow
 
 LEAST_SCORE = 3.5
-"""Of near-copies; docs/benchmarks/2026-11-24-leakage.md has what it finds and what it takes for one."""
+"""Of near-copies; docs/benchmarks/2026-11-26-leakage.md has what it finds and what it takes for one."""
 CERTAIN_SCORE = 8.0
 """Of near-copies that join groups: joins chain, so a few false alarms could make one group of all."""
 _FAR_BITS = 16
