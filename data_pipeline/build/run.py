@@ -6,9 +6,11 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import compress
 from pathlib import Path
 from typing import Any, Protocol
 
+from data_pipeline.build.compact import Names
 from data_pipeline.build.executor import Work, make_executor
 from data_pipeline.build.ledger import (
     Ledger,
@@ -209,10 +211,10 @@ def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
             return _part_outcome(build, ledger, reasons)
         tables = collect(build.tasks(), ledger)
         _refuse_nothing(inventory.address, tables)
-        _refuse_other_source(build, {kept.key for kept in tables.kept})
+        _refuse_other_source(build, tables.keys)
         compare(store, tables, build.hold_out, build.pseudonyms.check)
         _refuse_nothing(inventory.address, tables)
-        keys = {kept.key for kept in tables.kept}
+        keys = tables.keys
         fingerprint = commit_dataset(store, tables.rows(), tables.quarantine(), build.settings(), tables.fingerprints())
         if not tables.may_pass:
             # What could not be read this time may be back the next: until then its volume stays where it is.
@@ -222,7 +224,7 @@ def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
             store,
             inventory.num_sources,
             len(keys),
-            len(tables.subjects),
+            tables.num_subjects,
             len(tables.refused),
             inventory.num_ignored,
             tables.reasons,
@@ -235,19 +237,13 @@ def _do(build: _Build, digest: str, progress: Progress, work: Work) -> Outcome:
 
 def _run_tasks(build: _Build, ledger: Ledger, progress: Progress, work: Work) -> Counter[str]:
     """Do what is not done; reasons of what was refused in this run come back."""
-    num_done = num_tasks = 0
-    to_do: set[bytes] = set()
-    for task in build.own_tasks():
-        num_tasks += 1
-        if _is_done(build.store, ledger, task):
-            num_done += 1
-        else:
-            to_do.add(bytes.fromhex(task.key[:32]))
-    progress.began(num_done, num_tasks)
+    # One byte a task: they come in the same order each time.
+    is_to_do = bytearray(not _is_done(build.store, ledger, task) for task in build.own_tasks())
+    progress.began(is_to_do.count(False), len(is_to_do))
     reasons: Counter[str] = Counter()
-    if not to_do:
+    if not any(is_to_do):
         return reasons
-    tasks = (task for task in build.own_tasks() if bytes.fromhex(task.key[:32]) in to_do)
+    tasks = compress(build.own_tasks(), is_to_do)
     with closing(make_executor(build.config).run(work, tasks)) as ended:
         for result in ended:
             ledger.add(result)
@@ -288,7 +284,7 @@ def _part_outcome(build: _Build, ledger: Ledger, reasons: Counter[str]) -> Outco
     )
 
 
-def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
+def _notes(build: _Build, tables: Tables, keys: Names) -> Iterator[str]:
     before = build.before
     if before.is_damaged:
         yield "the record of the last build was damaged: it was written anew"
@@ -301,7 +297,7 @@ def _notes(build: _Build, tables: Tables, keys: set[str]) -> Iterator[str]:
         elif changed:
             shown = ", ".join(f"{name} {json.dumps(last.get(name))} -> {json.dumps(now[name])}" for name in changed)
             yield f"settings differ from the last build ({shown}): what they touch was built again"
-        num_dropped = len(before.keys - keys)
+        num_dropped = len(before.keys) - before.keys.num_shared(keys)
         if num_dropped and tables.may_pass:
             yield f"{num_dropped} volumes of the last build are left out until their sources can be read again"
         elif num_dropped and not changed:
@@ -356,21 +352,21 @@ def _make_volumes_folder(store: Path) -> None:
 
 
 def _refuse_nothing(root: str, tables: Tables) -> None:
-    if not tables.kept:
+    if not len(tables.kept):
         reasons = ", ".join(f"{reason} {count}" for reason, count in tables.reasons.most_common())
         raise SourceError(f"{root}: none of {len(tables.refused)} inputs can be stored: {reasons}")
 
 
-def _refuse_other_source(build: _Build, keys: set[str]) -> None:
+def _refuse_other_source(build: _Build, keys: Names) -> None:
     """A store that would lose every volume it has, and knows none of the sources, was built from something else."""
     before = build.before
-    if not before.keys or before.keys & keys:
+    if not len(before.keys) or before.keys.num_shared(keys):
         return
     is_changed = before.record is not None and before.record["build_config"] != build.settings()
-    if is_changed and before.source_keys & {task.source_key for task in build.tasks()}:
+    if is_changed and any(task.source_key in before.source_keys for task in build.tasks()):
         # Other settings give other volumes: then the sources must be the same.
         return
-    remove_volumes_but(build.store, set(before.keys))
+    remove_volumes_but(build.store, before.keys)
     raise StoreError(
         f"{build.store}: holds {len(before.keys)} volumes and none of them is in this source; build into another "
         "folder, or delete this one"

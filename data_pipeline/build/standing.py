@@ -1,10 +1,11 @@
 """What stands where a store is to be built, and whether it may be built over."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.build import plan
+from data_pipeline.build.compact import Names
 from data_pipeline.build.ledger import is_begun, read_waivers, stored_keys
 from data_pipeline.storage.storage import is_remote
 from mim_scale.errors import DamagedError, StoreError
@@ -17,8 +18,8 @@ class Standing:
     """The dataset that stood in the store before this build."""
 
     record: dict[str, Any] | None = None
-    keys: frozenset[str] = frozenset()
-    source_keys: frozenset[str] = frozenset()
+    keys: Names = field(default_factory=lambda: Names.of(()))
+    source_keys: Names = field(default_factory=lambda: Names.of(()))
     is_damaged: bool = False
 
 
@@ -29,12 +30,14 @@ def read_standing(store: Path) -> Standing:
     try:
         record = read_record(store)
         read_table(store, record, QUARANTINE, read_quarantine)
-        pairs = [(row.key, row.source_key) for row in iter_rows(table_path(store, record, MANIFEST))]
+        manifest = table_path(store, record, MANIFEST)
+        keys = Names.of(row.key for row in iter_rows(manifest))
+        source_keys = Names.of(row.source_key for row in iter_rows(manifest))
     except DamagedError:
-        return Standing(keys=frozenset(stored_keys(store)), is_damaged=True)
+        return Standing(keys=Names.of(stored_keys(store)), is_damaged=True)
     if record["build_config"].get("pipeline_version", 0) > plan.PIPELINE_VERSION:
         raise StoreError(f"{store}: was built by a newer mim-scale; use that one, or build into another folder")
-    return Standing(record, frozenset(key for key, _ in pairs), frozenset(source for _, source in pairs))
+    return Standing(record, keys, source_keys)
 
 
 def waivers_of(store: Path, before: Standing) -> dict[str, str]:

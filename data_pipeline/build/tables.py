@@ -1,6 +1,6 @@
 """The rows that a build commits, from the ledger: who is a duplicate, who belongs together, who is kept out.
 
-Numbers are held for each volume, never rows: those are read from the ledger again as they are written.
+A few bytes are held for each volume, never rows: those are read from the ledger again as they are written.
 """
 
 from collections import Counter
@@ -11,8 +11,12 @@ from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.build.compact import Names, name_of, number_of
 from data_pipeline.build.ledger import FOLDER, Ledger
-from data_pipeline.build.task import Task
+from data_pipeline.build.task import Task, TaskResult
 from data_pipeline.duplicates import groups
 from data_pipeline.hold_out import HoldOut
 from data_pipeline.leakage import StoredVoxels
@@ -20,25 +24,9 @@ from data_pipeline.reasons import PASSING, Reason
 from mim_scale.errors import StoreError
 from mim_scale.store.manifest import FingerprintRow, QuarantineRow, Row, iter_fingerprints, write_fingerprints
 
-
-@dataclass(frozen=True, slots=True)
-class _Kept:
-    """One volume that goes into the manifest."""
-
-    key: str
-    task_key: bytes
-    subject: bytes
-    """8 bytes: a table or description says so; empty where the header's stands."""
-    is_known: bool
-    """Whether anything says whose it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Refused:
-    source_key: str
-    task_key: bytes
-    found: tuple[str, str] | None = None
-    """Reason and detail where they come from here and not from the task."""
+_KEPT = np.dtype([("key", ">u8"), ("task", "V16"), ("subject", ">u8"), ("is_known", "?")])
+"""A volume that goes into the manifest; `is_known` says whether anything tells whose it is."""
+_REFUSED = np.dtype([("source", ">u8"), ("task", "V16")])
 
 
 @dataclass
@@ -46,43 +34,48 @@ class Tables:
     """What a build commits."""
 
     ledger: Ledger
-    kept: list[_Kept] = field(default_factory=list)
-    refused: list[_Refused] = field(default_factory=list)
+    kept: NDArray[np.void]
+    """By key."""
+    refused: NDArray[np.void]
+    """By source key."""
+    found: dict[bytes, tuple[str, str]]
+    """Reason and detail of the refused, by task, where they come from here and not from the task."""
+    reasons: Counter[str]
+    bytes_raw: int
+    bytes_stored: int
     groups: dict[str, str] = field(default_factory=dict)
     """Of keys whose group is another than their subject."""
-    reasons: Counter[str] = field(default_factory=Counter)
-    bytes_raw: int = 0
-    bytes_stored: int = 0
-    num_unknown_subjects: int = 0
-    subjects: set[bytes] = field(default_factory=set)
-
-    def refuse(self, source_key: str, task_key: bytes, found: tuple[str, str], is_of_task: bool = False) -> None:
-        """One input more for the quarantine."""
-        self.refused.append(_Refused(source_key, task_key, None if is_of_task else found))
-        self.reasons[str(found[0])] += 1
 
     def hold_out(self, held: dict[str, str]) -> None:
         """Refuse these volumes, by key, for these details."""
-        if not held:
-            return
-        kept, self.kept = self.kept, []
-        self.bytes_raw = self.bytes_stored = self.num_unknown_subjects = 0
-        self.subjects.clear()
-        for one in kept:
-            result = self.ledger.at(one.task_key)
-            if one.key in held:
-                self.refuse(result.source_key, one.task_key, (Reason.HELD_OUT, held[one.key]))
-            elif result.row is not None:
-                self.keep(one, result.row)
-        self.refused.sort(key=lambda refused: refused.source_key)
+        is_held = np.isin(self.kept["key"], np.array([number_of(key) for key in held], np.uint64))
+        refused = bytearray()
+        for record in self.kept[is_held]:
+            task_key = record["task"].tobytes()
+            result = self.ledger.at(task_key)
+            assert result.row is not None
+            self.bytes_raw -= result.row.bytes_raw
+            self.bytes_stored -= result.row.bytes_stored
+            self.found[task_key] = (Reason.HELD_OUT, held[result.row.key])
+            self.reasons[Reason.HELD_OUT] += 1
+            refused += bytes.fromhex(result.source_key) + task_key
+        self.kept = self.kept[~is_held]
+        self.refused = _sorted(np.concatenate([self.refused, np.frombuffer(refused, _REFUSED)]), "source")
 
-    def keep(self, kept: _Kept, row: Row) -> None:
-        """One volume more for the manifest."""
-        self.kept.append(kept)
-        self.bytes_raw += row.bytes_raw
-        self.bytes_stored += row.bytes_stored
-        self.num_unknown_subjects += not kept.is_known
-        self.subjects.add(kept.subject or bytes.fromhex(row.subject))
+    @property
+    def keys(self) -> Names:
+        """Of the volumes that are kept."""
+        return Names(self.kept["key"])
+
+    @property
+    def num_subjects(self) -> int:
+        """Whose volumes are kept."""
+        return len(Names(self.kept["subject"]))
+
+    @property
+    def num_unknown_subjects(self) -> int:
+        """Volumes of which nothing says whose they are."""
+        return int(np.count_nonzero(~self.kept["is_known"]))
 
     @property
     def may_pass(self) -> bool:
@@ -91,27 +84,32 @@ class Tables:
 
     def rows(self) -> Iterator[Row]:
         """The manifest, by key."""
-        for kept in self.kept:
-            row = self.ledger.at(kept.task_key).row
-            assert row is not None
-            subject = kept.subject.hex() or row.subject
+        for _, row, subject in self._results():
             yield replace(row, subject=subject, group=self.groups.get(row.key, subject))
 
     def quarantine(self) -> Iterator[QuarantineRow]:
         """The refused inputs, by source key."""
-        for refused in self.refused:
-            result = self.ledger.at(refused.task_key)
-            reason, detail = refused.found or result.rejected or ("", "")
+        for record in self.refused:
+            task_key = record["task"].tobytes()
+            result = self.ledger.at(task_key)
+            reason, detail = self.found.get(task_key) or result.rejected or ("", "")
             yield QuarantineRow(result.source_key, result.source_format, reason, detail)
 
     def fingerprints(self) -> Iterator[FingerprintRow]:
         """The volume fingerprints, by key."""
-        for kept in self.kept:
-            result = self.ledger.at(kept.task_key)
-            row = result.row
-            assert row is not None
-            subject = kept.subject.hex() or row.subject
+        for result, row, subject in self._results():
             yield FingerprintRow(row.key, subject, row.series, row.content_hash, row.voxel_hash, result.fingerprint)
+
+    def _results(self) -> Iterator[tuple[TaskResult, Row, str]]:
+        """(result, its row, whose it is) of the volumes that are kept, by key."""
+        for record in self.kept:
+            result = self.ledger.at(record["task"].tobytes())
+            assert result.row is not None
+            yield result, result.row, name_of(int(record["subject"]))
+
+
+def _sorted(records: NDArray[np.void], by: str) -> NDArray[np.void]:
+    return records[np.argsort(records[by], kind="stable")]
 
 
 def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
@@ -120,27 +118,37 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
     Raises:
         KeyError: a task has no result yet.
     """
-    tables = Tables(ledger)
+    kept, refused = bytearray(), bytearray()
+    found: dict[bytes, tuple[str, str]] = {}
+    reasons: Counter[str] = Counter()
+    bytes_raw = bytes_stored = 0
     seen: set[bytes] = set()
     for task in tasks:
         task_key = bytes.fromhex(task.key[:32])
         result = ledger.at(task_key)
-        if result.row is None:
-            tables.refuse(task.source_key, task_key, result.rejected or ("", ""), is_of_task=True)
-            continue
         row = result.row
-        content = bytes.fromhex(row.content_hash)[:16]
-        if content in seen:
-            detail = f"equal to volume {row.key}, voxel for voxel"
-            tables.refuse(task.source_key, task_key, (Reason.DUPLICATE, detail))
+        content = bytes.fromhex(row.content_hash)[:16] if row is not None else b""
+        if row is None or content in seen:
+            reason = (result.rejected or ("", ""))[0] if row is None else Reason.DUPLICATE
+            if row is not None:
+                found[task_key] = (Reason.DUPLICATE, f"equal to volume {row.key}, voxel for voxel")
+            refused += bytes.fromhex(task.source_key) + task_key
+            reasons[str(reason)] += 1
             continue
         seen.add(content)
         listed = task.pseudonyms.pseudonym("listed", task.source.subject) if task.source.subject else ""
         is_known = bool(listed) or row.subject != task.pseudonyms.pseudonym("volume", row.content_hash)
-        tables.keep(_Kept(row.key, task_key, bytes.fromhex(listed), is_known), row)
-    tables.kept.sort(key=lambda kept: kept.key)
-    tables.refused.sort(key=lambda refused: refused.source_key)
-    return tables
+        kept += bytes.fromhex(row.key) + task_key + bytes.fromhex(listed or row.subject) + bytes([is_known])
+        bytes_raw, bytes_stored = bytes_raw + row.bytes_raw, bytes_stored + row.bytes_stored
+    return Tables(
+        ledger,
+        _sorted(np.frombuffer(kept, _KEPT), "key"),
+        _sorted(np.frombuffer(refused, _REFUSED), "source"),
+        found,
+        reasons,
+        bytes_raw,
+        bytes_stored,
+    )
 
 
 def compare(store: Path, tables: Tables, hold_out: HoldOut, key_check: str) -> None:
@@ -160,7 +168,8 @@ def compare(store: Path, tables: Tables, hold_out: HoldOut, key_check: str) -> N
         raise StoreError(f"{store}: the search for copies was killed (no memory?); run the build again") from None
     finally:
         table.unlink()
-    tables.hold_out(held)
+    if held:
+        tables.hold_out(held)
 
 
 _ENOUGH_FOR_A_PROCESS = 500

@@ -140,7 +140,9 @@ _KEY_CHECK = "mim_scale.key_check"
 _DIGEST = "mim_scale.digest"
 _BUILD_AGAIN = "build the store again"
 _BATCH = 1024
-"""Rows in memory while a table is written or walked through."""
+"""Rows in memory while a table is written."""
+_READ_BATCH = 128
+"""Likewise while one is walked through, twice: as Python's objects they take ten times their bytes."""
 
 
 def write_rows(path: Path, rows: Iterable[Row]) -> None:
@@ -291,7 +293,7 @@ def _iterate(
             if metadata is not None:
                 found = table.metadata.metadata or {}
                 metadata |= {name.decode("utf-8", "replace"): found[name].decode("utf-8", "replace") for name in found}
-            for batch in table.iter_batches(_BATCH):
+            for batch in table.iter_batches(_READ_BATCH):
                 yield from batch.to_pylist()
     except (OSError, ValueError, MemoryError, pa.ArrowException) as error:
         raise DamagedError(f"{path}: not readable as Parquet ({_one_line(error)}); {mend}") from None
