@@ -101,13 +101,25 @@ def _picture(voxels: NDArray[Any], spacing_mm: Spacing3) -> tuple[NDArray[np.flo
     small = _block_means(voxels, by)
     steps = [step * k for step, k in zip(spacing_mm, by, strict=True)]
     small, first = _without_air(small, steps)
-    sigma = [np.sqrt(max(_BLUR_MM**2 - step**2 / 12, 0.0)) / step for step in steps]
-    small = ndimage.gaussian_filter(small, sigma, mode="nearest", truncate=3.0)
-    scale = [CELL_MM / step for step in steps]
-    shape = tuple(int((size - 1) * step // CELL_MM) + 1 for size, step in zip(small.shape, steps, strict=True))
-    picture: NDArray[np.float32] = ndimage.affine_transform(small, scale, 0.0, shape, order=1, mode="nearest")
+    picture = small
+    # The axis that shrinks most goes first: the others then have less to do.
+    for axis in sorted(range(3), key=lambda axis: steps[axis]):
+        picture = _resampled(picture, axis, steps[axis])
     # The centre of the first block lies (k - 1) / 2 voxels from that of the first voxel.
     return picture, np.array([n * s + (s - s / k) / 2 for n, s, k in zip(first, steps, by, strict=True)])
+
+
+def _resampled(small: NDArray[np.float32], axis: int, step: float) -> NDArray[np.float32]:
+    """Blurred to _BLUR_MM along one axis of this step in mm, then read off every CELL_MM between its cells."""
+    sigma = np.sqrt(max(_BLUR_MM**2 - step**2 / 12, 0.0)) / step
+    blurred = ndimage.gaussian_filter1d(small, sigma, axis, mode="nearest", truncate=3.0)
+    last = small.shape[axis] - 1
+    places = np.arange(int(last * step // CELL_MM) + 1) * (CELL_MM / step)
+    before = places.astype(np.int64)
+    after = np.minimum(before + 1, last)
+    share = (places - before).astype(np.float32).reshape([-1 if other == axis else 1 for other in range(3)])
+    low = np.take(blurred, before, axis)
+    return low + (np.take(blurred, after, axis) - low) * share
 
 
 def _without_air(small: NDArray[np.float32], steps: list[float]) -> tuple[NDArray[np.float32], list[int]]:
@@ -143,8 +155,8 @@ def _block_means(voxels: NDArray[Any], by: list[int]) -> NDArray[np.float32]:
 def _blobs(picture: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Places (in cells, between cells) where the picture differs most from its surroundings, and by how much."""
     blob = picture - ndimage.gaussian_filter(picture, _BLOB_MM * 1.2 / CELL_MM, mode="nearest", truncate=3.0)
-    is_peak = ((blob == ndimage.maximum_filter(blob, 3)) & (blob > _LEAST_BLOB_HU)) | (
-        (blob == ndimage.minimum_filter(blob, 3)) & (blob < -_LEAST_BLOB_HU)
+    is_peak = ((blob == _extremes(blob, np.maximum)) & (blob > _LEAST_BLOB_HU)) | (
+        (blob == _extremes(blob, np.minimum)) & (blob < -_LEAST_BLOB_HU)
     )
     border = int(np.ceil(_BORDER_MM / CELL_MM))
     inner = np.zeros_like(is_peak)
@@ -161,6 +173,18 @@ def _blobs(picture: NDArray[np.float32]) -> tuple[NDArray[np.float64], NDArray[n
         shift = np.where(np.abs(bend) > 1e-6, (before - after) / (2 * np.where(bend == 0, 1, bend)), 0)
         at[:, axis] += np.clip(shift, -0.5, 0.5)
     return at, np.abs(blob[tuple(index.T)]).astype(np.float64)
+
+
+def _extremes(blob: NDArray[np.float32], pick: np.ufunc) -> NDArray[np.float32]:
+    """The highest or the lowest of each cell and its 26 neighbours."""
+    found = np.pad(blob, 1, mode="edge")
+    for axis in range(3):
+        first, second, third = (
+            tuple(slice(k, found.shape[other] - 2 + k) if other == axis else slice(None) for other in range(3))
+            for k in range(3)
+        )
+        found = pick(pick(found[first], found[second]), found[third])
+    return found
 
 
 def _frames(picture: NDArray[np.float32], at: NDArray[np.float64]) -> tuple[NDArray[np.uint8], NDArray[np.float64]]:

@@ -272,9 +272,10 @@ def _within_bits(pixels: NDArray[np.integer[Any]], stored: Stored, repairs: set[
     unused = 16 - stored.bits[1]
     if unused == 0:
         return pixels
-    used = pixels << unused >> unused
-    if np.array_equal(used, pixels):
+    low = -(1 << stored.bits[1] - 1) if stored.is_signed else 0
+    if low <= pixels.min() and pixels.max() < low + (1 << stored.bits[1]):
         return pixels
+    used = pixels << unused >> unused
     if not stored.has_overlay:
         # An overlay that is not declared, or a header that lies about the bits: two readings, and no way to tell.
         raise Rejected(
@@ -309,7 +310,8 @@ def to_hu(pixels: NDArray[np.integer[Any]], rescale: Rescale, repairs: set[str])
     if rescale.slope == 1 and rescale.intercept.is_integer() and fits:
         # Additions of 16 bits that overflow on the way end at the right number, since that one fits.
         offset = (int(rescale.intercept) + 0x8000) % 0x10000 - 0x8000
-        hu = pixels.astype(np.int16) + np.int16(offset)
+        stored = pixels.view(np.int16) if pixels.dtype.itemsize == 2 and pixels.dtype.isnative else pixels
+        hu = stored.astype(np.int16, copy=False) + np.int16(offset)
     else:
         values = np.rint(pixels * np.float64(rescale.slope) + rescale.intercept)
         if padded is not None:
