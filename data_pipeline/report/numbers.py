@@ -20,6 +20,7 @@ from data_pipeline.report.outliers import (
 )
 from mim_scale.errors import DamagedError
 from mim_scale.store.dataset import MANIFEST, QUARANTINE, read_record, table_path
+from mim_scale.store.distinct import Distinct
 from mim_scale.store.manifest import HU_EDGES, QuarantineRow, Row, iter_rows, read_quarantine
 from mim_scale.store.stats import NOT_SAID
 
@@ -165,10 +166,10 @@ class _Gathered:
     count: int = 0
     num_bytes: Counter[str] = field(default_factory=Counter)
     counts: dict[str, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    contents: list[bytes] = field(default_factory=list)
-    inputs: set[str] = field(default_factory=set)
-    subjects: set[str] = field(default_factory=set)
-    group_volumes: Counter[str] = field(default_factory=Counter)
+    contents: bytearray = field(default_factory=bytearray)
+    inputs: Distinct = field(default_factory=Distinct)
+    subjects: Distinct = field(default_factory=Distinct)
+    groups: Distinct = field(default_factory=Distinct)
     group_subjects: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
     hu_range: tuple[int, int] = (32767, -32768)
 
@@ -195,13 +196,22 @@ class _Gathered:
         self.counts["tube_kv"][f"{row.tube_kv:g}" if row.tube_kv else NOT_SAID] += 1
         self.counts["flags"].update(row.flags)
         self.counts["repairs"].update(row.repairs)
-        self.contents.append(bytes.fromhex(row.content_hash))
+        self.contents += bytes.fromhex(row.content_hash)
         self.inputs.add(row.source_key)
         self.subjects.add(row.subject)
-        self.group_volumes[row.group] += 1
+        self.groups.add(row.group)
         if row.group != row.subject:
             # A group bears the name of one of its subjects.
             self.group_subjects[row.group] |= {row.group, row.subject}
+
+    def _digest(self) -> str:
+        """As `leakage.Side.digest`: of the content hashes, sorted, a line each."""
+        digest, between = hashlib.sha256(), ""
+        contents = np.sort(np.frombuffer(self.contents, "S32"))
+        for content in contents.view(np.uint8).reshape(-1, 32):
+            digest.update(f"{between}{content.tobytes().hex()}".encode())
+            between = "\n"
+        return digest.hexdigest()
 
     def numbers(self, path: Path, record: dict[str, Any], refused: Iterable[QuarantineRow]) -> Numbers:
         examples: dict[str, list[QuarantineRow]] = defaultdict(list)
@@ -215,7 +225,7 @@ class _Gathered:
         width = HU_EDGES[1] - HU_EDGES[0]
         columns["HU histogram distance"] = histogram_distances(self.shares, self.hu_voxels, width)
         groups = [
-            (name, len(subjects), self.group_volumes[name]) for name, subjects in sorted(self.group_subjects.items())
+            (name, len(subjects), self.groups.times(name)) for name, subjects in sorted(self.group_subjects.items())
         ]
         return Numbers(
             store=path.resolve().name,
@@ -224,10 +234,10 @@ class _Gathered:
             outliers=find_outliers({measure.name: columns[measure.name] for measure in MEASURES}),
             hu_voxels=self.hu_voxels,
             hu_range=self.hu_range,
-            digest=hashlib.sha256("\n".join(content.hex() for content in sorted(self.contents)).encode()).hexdigest(),
+            digest=self._digest(),
             num_bytes=dict(self.num_bytes),
             num_subjects=len(self.subjects),
-            num_groups=len(self.group_volumes),
+            num_groups=len(self.groups),
             num_inputs=len(self.inputs),
             counts={
                 name: self.counts[name]

@@ -83,9 +83,10 @@ def histogram_distances(shares: NDArray[np.float32], total: NDArray[np.int64], b
     everything = np.cumsum(total / max(1, int(total.sum())))
     # A few rows at a time: the sums of ten thousand need not be in memory at once.
     parts = [
-        np.abs(np.cumsum(shares[at : at + 1024], 1, np.float64) - everything) for at in range(0, len(shares), 1024)
+        np.abs(np.cumsum(shares[at : at + 1024], 1, np.float64) - everything).sum(axis=1) * bin_width
+        for at in range(0, len(shares), 1024)
     ]
-    return np.concatenate([part.sum(axis=1) * bin_width for part in parts])
+    return np.concatenate(parts)
 
 
 def _words(
