@@ -2,7 +2,8 @@
 
 from typing import TYPE_CHECKING
 
-from data_pipeline.commands.console import Bar, console, reasons_table, shown_bytes, table
+from data_pipeline.commands.console import console, reasons_table, shown_bytes, table
+from mim_scale.bar import Bar
 from mim_scale.config import BuildConfig
 
 if TYPE_CHECKING:

@@ -1,68 +1,15 @@
-"""How the data verbs talk: a progress bar, tables, and numbers as people read them."""
+"""How the data verbs talk: tables, and numbers as people read them."""
 
 import io
 import sys
 from collections import Counter
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
-from rich import progress as bars
 from rich.console import Console
 from rich.table import Table
 
 _WIDTH = 110
 """Of tables where the output is no terminal."""
-
-
-class Bar:
-    """A progress bar with rate and time left; silent where nobody watches."""
-
-    def __init__(self, what: str = "volumes") -> None:
-        self._what = what
-        self._bars = bars.Progress(
-            bars.TextColumn("{task.description}"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[rate]}"),
-            bars.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._task: bars.TaskID | None = None
-        self._headers: bars.TaskID | None = None
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._bars.stop()
-
-    def looked(self, done: int, total: int) -> None:
-        """So many files were looked at."""
-        if self._headers is None:
-            self._headers = self._bars.add_task("headers read", total=total, rate="")
-        self._bars.update(self._headers, completed=done, total=total)
-
-    def began(self, done: int, total: int) -> None:
-        """So many volumes are done already."""
-        self._task = self._bars.add_task(self._what, total=total, completed=done, rate="")
-
-    def advanced(self) -> None:
-        """One more volume is done."""
-        if self._task is not None:
-            self._bars.advance(self._task)
-            speed = self._bars.tasks[self._task].speed
-            self._bars.update(self._task, rate=f"{speed * 60:.1f} a minute" if speed else "")
-
-    def at(self, done: int, total: int) -> None:
-        """So many of so many are done."""
-        if self._task is None:
-            self.began(0, total)
-        while self._task is not None and self._bars.tasks[self._task].completed < done:
-            self.advanced()
 
 
 def console() -> Console:

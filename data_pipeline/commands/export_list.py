@@ -3,8 +3,9 @@
 from dataclasses import replace
 from pathlib import Path
 
-from data_pipeline.commands.console import Bar, console
+from data_pipeline.commands.console import console
 from data_pipeline.sources.descriptions.listed import Written
+from mim_scale.bar import Bar
 from mim_scale.errors import SourceError
 
 _FOR_NNSSL = (".nii", ".nii.gz", ".nrrd", ".mha")

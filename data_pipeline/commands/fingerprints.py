@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from data_pipeline.commands.console import Bar, console, shown_bytes
+from data_pipeline.commands.console import console, shown_bytes
+from mim_scale.bar import Bar
 
 
 def fingerprints(source: Path, out: Path, key_file: Path | None = None) -> int:

@@ -4,7 +4,8 @@ import json
 from collections import Counter
 from pathlib import Path
 
-from data_pipeline.commands.console import Bar, console, table
+from data_pipeline.commands.console import console, table
+from mim_scale.bar import Bar
 
 LEAK = 3
 """The exit code of `--fail-on-leak`."""

@@ -4,7 +4,8 @@ import json
 from dataclasses import asdict
 from pathlib import Path
 
-from data_pipeline.commands.console import Bar, console, shown_bytes, table
+from data_pipeline.commands.console import console, shown_bytes, table
+from mim_scale.bar import Bar
 from mim_scale.config import BuildConfig
 
 

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from data_pipeline.commands.console import console, shown_bytes
-from data_pipeline.commands.push import ByteBar
+from mim_scale.bar import Bar
 
 
 def pull(url: str, store: Path | str) -> int:
@@ -16,7 +16,7 @@ def pull(url: str, store: Path | str) -> int:
     """
     from data_pipeline.storage.push import pull_store
 
-    with ByteBar("fetched") as progress:
+    with Bar("fetched", in_bytes=True) as progress:
         fetched = pull_store(url, Path(store), progress)
     console().print(f"{store}: complete, {shown_bytes(fetched)} fetched now")
     return 0

@@ -5,7 +5,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Self
 
-from data_pipeline.commands.console import Bar, console, shown_bytes
+from data_pipeline.commands.console import console, shown_bytes
+from mim_scale.bar import Bar
 from mim_scale.errors import ConfigError, DamagedError
 
 

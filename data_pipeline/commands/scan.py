@@ -3,7 +3,8 @@
 from collections import Counter
 from pathlib import Path
 
-from data_pipeline.commands.console import Bar, console, reasons_table, shown_bytes, table
+from data_pipeline.commands.console import console, reasons_table, shown_bytes, table
+from mim_scale.bar import Bar
 from mim_scale.errors import StoreError
 
 

@@ -7,7 +7,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.commands.console import Bar, console, table
+from data_pipeline.commands.console import console, table
+from mim_scale.bar import Bar
 from mim_scale.errors import DamagedError
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.verify import Problem, strangers, volume_problems

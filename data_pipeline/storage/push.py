@@ -48,7 +48,7 @@ class Progress(Protocol):
     def began(self, done: int, total: int) -> None:
         """So many bytes are to be dealt with."""
 
-    def advanced(self, num_bytes: int) -> None:
+    def advanced(self, num_bytes: int, /) -> None:
         """So many more are where they belong."""
 
 

@@ -2,11 +2,8 @@
 
 import argparse
 import re
-import sys
-import time
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from mim_scale.errors import ConfigError, DamagedError
 
@@ -46,6 +43,7 @@ def verify_pack(path: Path, deep: bool) -> int:
 
 
 def _pack(options: argparse.Namespace) -> int:
+    from mim_scale.bar import Bar
     from mim_scale.config import PretrainConfig
     from mim_scale.config_file import load_config
     from mim_scale.streaming.pack_write import write_pack
@@ -54,7 +52,7 @@ def _pack(options: argparse.Namespace) -> int:
     if (stray := next((word for word in overrides if "=" not in word), None)) is not None:
         raise ConfigError(f"{stray!r} stands behind --config and is no key=value; put OUT first or after --to")
     config = load_config(PretrainConfig, Path(path), overrides)
-    with _Bar() as bar:
+    with Bar("samples") as bar:
         outcome = write_pack(config, options.folder, options.first, options.stop, options.shard_bytes, bar)
     shards = [shard for side in outcome.record["shards"].values() for shard in side]
     print(
@@ -73,44 +71,3 @@ def _bytes(text: str) -> int:
     if size <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size; write it as 512MB or 1GiB")
     return size
-
-
-class _Bar:
-    """Samples done, their rate, bytes a second, time left; silent where nobody watches."""
-
-    def __init__(self) -> None:
-        from rich import progress as bars
-        from rich.console import Console
-
-        self._bars = bars.Progress(
-            bars.TextColumn("samples"),
-            bars.BarColumn(),
-            bars.MofNCompleteColumn(),
-            bars.TextColumn("{task.fields[rate]}"),
-            bars.TimeRemainingColumn(),
-            console=Console(stderr=True),
-            disable=not sys.stderr.isatty(),
-        )
-        self._task = self._bars.add_task("samples", total=None, rate="")
-        self._began = time.monotonic()
-        self._bytes = 0
-
-    def began(self, total: int) -> None:
-        self._bars.update(self._task, total=total)
-
-    def advanced(self, samples: int, num_bytes: int) -> None:
-        self._bytes += num_bytes
-        self._bars.advance(self._task, samples)
-        speed = self._bars.tasks[0].speed
-        seconds = max(time.monotonic() - self._began, 1e-3)
-        rate = f"{speed:.1f} a second, {self._bytes / seconds / 1e6:.0f} MB/s" if speed else ""
-        self._bars.update(self._task, rate=rate)
-
-    def __enter__(self) -> Self:
-        self._bars.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bars.stop()

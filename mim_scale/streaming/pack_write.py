@@ -56,10 +56,10 @@ _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Watcher(Protocol):
     """Who is told how far packing is."""
 
-    def began(self, total: int) -> None:
-        """So many samples in all."""
+    def began(self, done: int, total: int) -> None:
+        """So many samples are done, of so many in all."""
 
-    def advanced(self, samples: int, num_bytes: int) -> None:
+    def advanced(self, samples: int, num_bytes: int, /) -> None:
         """So many more samples are in the pack, in so many more bytes."""
 
 
@@ -108,7 +108,7 @@ def write_pack(
         "shard_bytes": shard_bytes,
     }
     if watcher is not None:
-        watcher.began(sum(map(len, ranges.values())))
+        watcher.began(0, sum(map(len, ranges.values())))
     try:
         with _kept_alone(folder), ExitStack() as stack:
             _take_up(folder, job)
