@@ -28,6 +28,7 @@ _UNDEFINED = 0xFFFFFFFF
 _DEEPEST = 16
 _VRS = {vr.value.encode(): vr.value for vr in VR if len(vr.value) == 2}
 _LONG_VRS = frozenset(vr.encode() for vr in EXPLICIT_VR_LENGTH_32)
+_SHORT_VRS = frozenset(_VRS) - _LONG_VRS
 _SHORT = Struct("<HH2sH").unpack_from
 _LONG = Struct("<HHL").unpack_from
 _LENGTH = Struct("<L").unpack_from
@@ -103,7 +104,15 @@ def _picked(
     data: bytes, place: int, is_implicit: bool, wanted: Collection[int]
 ) -> tuple[dict[BaseTag, RawDataElement], int]:
     picked: dict[BaseTag, RawDataElement] = {}
+    end = len(data) - 12
+    stops = {*wanted, _PIXEL_DATA, *_OTHER_PIXELS, _ITEM, _ITEM_END, _SEQUENCE_END}
     while True:
+        # Most elements are short ones that nobody asked for: they are passed over in as few steps as can be.
+        while not is_implicit and place <= end:
+            group, element, name, length = _SHORT(data, place)
+            if name not in _SHORT_VRS or group << 16 | element in stops:
+                break
+            place += 8 + length
         tag, vr, length, start = _element(data, place, is_implicit)
         if tag == _PIXEL_DATA:
             return picked, place
