@@ -119,7 +119,8 @@ def _resampled(small: NDArray[np.float32], axis: int, step: float) -> NDArray[np
     after = np.minimum(before + 1, last)
     share = (places - before).astype(np.float32).reshape([-1 if other == axis else 1 for other in range(3)])
     low = np.take(blurred, before, axis)
-    return low + (np.take(blurred, after, axis) - low) * share
+    read_off: NDArray[np.float32] = low + (np.take(blurred, after, axis) - low) * share
+    return read_off
 
 
 def _without_air(small: NDArray[np.float32], steps: list[float]) -> tuple[NDArray[np.float32], list[int]]:
