@@ -305,7 +305,7 @@ def _notes(build: _Build, tables: Tables, keys: Names) -> Iterator[str]:
     if tables.num_unknown_subjects:
         yield (
             f"{tables.num_unknown_subjects} volumes name no patient: each counts as its own subject; "
-            "subjects.csv in the source says more"
+            "a subjects.csv in the source, or a list's column subject, says more"
         )
     if tables.groups:
         yield (f"{len(tables.groups)} volumes have copies under another subject: they stay on one side of a split")

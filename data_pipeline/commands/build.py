@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING
 
 from data_pipeline.commands.console import console, reasons_table, shown_bytes, table
+from data_pipeline.reasons import PASSING
 from mim_scale.bar import Bar
 from mim_scale.config import BuildConfig
 
@@ -37,7 +38,12 @@ def build(config: BuildConfig) -> int:
     out.print(rows)
     for note in outcome.notes:
         out.print(note)
-    out.print("nothing to do: the store is complete" if outcome.was_complete else "the store is complete")
+    may_pass = sum(outcome.reasons.get(reason, 0) for reason in PASSING)
+    if may_pass:
+        count = f"{may_pass} input{'' if may_pass == 1 else 's'}"
+        out.print(f"the store is whole without {count} that could not be read this time: run the same build again")
+    else:
+        out.print("nothing to do: the store is complete" if outcome.was_complete else "the store is complete")
     return 0
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from data_pipeline.build.plan import make_tasks
 from data_pipeline.build.run import Outcome, Silent, run_build
+from data_pipeline.commands.build import build
 from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.sources.inventory import find_sources
 from mim_scale.cli import run
@@ -26,7 +27,10 @@ from tests.synthetic import change_record
 def nobody_named(outcome: Outcome) -> str:
     """What every build of files without a patient says last."""
     count = len(outcome.rows)
-    return f"{count} volumes name no patient: each counts as its own subject; subjects.csv in the source says more"
+    return (
+        f"{count} volumes name no patient: each counts as its own subject; "
+        "a subjects.csv in the source, or a list's column subject, says more"
+    )
 
 
 @pytest.fixture(autouse=True)
@@ -62,13 +66,17 @@ def _failing(real: Any, name: str) -> Any:
 
 
 def test_an_error_of_the_system_is_tried_again_and_its_volume_kept(
-    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, store: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     first = _build(source, store)
     with monkeypatch.context() as patch:
         patch.setattr("builtins.open", _failing(open, "1.nii.gz"))
         shutil.rmtree(store / "build")
         outcome = _build(source, store)
+        assert build(config(source, store)) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "whole without 1 input that could not be read this time: run the same build again" in told
+    assert "complete" not in told
     assert [(row.reason, row.detail) for row in outcome.quarantine] == [
         ("io_error", "the file cannot be read (Input/output error); the next build tries it again")
     ]
