@@ -191,6 +191,14 @@ class Pack:
             low, high = (middle, high) if self.shards[side][middle].first <= position else (low, middle)
         return self.shards[side][low]
 
+    def refuse_other_run(self, config: PretrainConfig, dataset_fingerprint: str) -> None:
+        """Raise StoreError where the pack was made for other data, another plan, seed or split."""
+        if found := difference(job_of(config, dataset_fingerprint), self.record):
+            name, wanted, held = found
+            raise StoreError(
+                f"{self.path}: was made with {name} {held}, this run has {wanted}; pack again, or change that"
+            )
+
     def index(self, shard: ShardEntry) -> ShardIndex:
         """A shard's index; the most recent ones stay in memory.
 
@@ -232,6 +240,22 @@ def _open_same(path: str, expected: str) -> Pack:
     return pack
 
 
+def refuse_missing(pack: Pack, positions: range, num_held_out: int) -> None:
+    """Raise StoreError where the pack lacks training positions of a run, or held-out ones from 0 on."""
+    held = pack.range("train")
+    if positions and not (held.start <= positions.start and positions.stop <= held.stop):
+        raise StoreError(
+            f"{pack.path}: holds positions {held.start} to {held.stop - 1}, the run asks for {positions.start} to "
+            f"{positions.stop - 1}; make one that has them with `mim-scale data pack OUT --config CONFIG --from "
+            f"{positions.start} --to {positions.stop}`, or lower train.steps"
+        )
+    if (count := len(pack.range("held_out"))) < num_held_out:
+        raise StoreError(
+            f"{pack.path}: holds {count} held-out samples, the run asks for {num_held_out}; pack again into a new "
+            "folder, or lower held_out.samples"
+        )
+
+
 class PackReader:
     """Samples of a pack by position: the same bits as SampleReader's, of the same config.
 
@@ -250,11 +274,7 @@ class PackReader:
     def __init__(
         self, pack: Pack, dataset: Dataset, rows: Sequence[Row], config: PretrainConfig, held_out: bool = False
     ) -> None:
-        if found := difference(job_of(config, dataset.fingerprint), pack.record):
-            name, wanted, held = found
-            raise StoreError(
-                f"{pack.path}: was made with {name} {held}, this run has {wanted}; pack again, or change that"
-            )
+        pack.refuse_other_run(config, dataset.fingerprint)
         self._pack = pack
         self._side = SIDES[held_out]
         planner = SampleReader(dataset, rows, config.plan, config.seed, held_out)

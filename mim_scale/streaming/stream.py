@@ -58,6 +58,25 @@ def open_dataset(data: DataConfig) -> Dataset:
     return packed
 
 
+def refuse_short_pack(config: PretrainConfig, dataset: Dataset, positions: range, num_held_out: int) -> None:
+    """See, before the first step, that the pack holds all that the run will ask for.
+
+    Args:
+        positions: Of training samples, to the run's last step.
+        num_held_out: Held-out samples that are measured.
+
+    Raises:
+        StoreError: it does not, or it was made for another run.
+    """
+    if config.data.pack is None:
+        return
+    from mim_scale.streaming.pack import Pack, refuse_missing
+
+    pack = Pack.open(config.data.pack)
+    pack.refuse_other_run(config, dataset.fingerprint)
+    refuse_missing(pack, positions, num_held_out)
+
+
 def open_stream(config: PretrainConfig, dataset: Dataset, rows: Sequence[Row], held_out: bool = False) -> Stream:
     """The stream that config.data names, over these rows of the dataset from `open_dataset`.
 

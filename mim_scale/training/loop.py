@@ -20,7 +20,7 @@ from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.geometry import Spacing3
 from mim_scale.store.manifest import Row, split_subjects
-from mim_scale.streaming.stream import open_dataset, open_stream
+from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_pack
 from mim_scale.training.checkpoint import check_fits
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.held_out import HeldOut
@@ -91,6 +91,9 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
             if ranks.rank == 0:
                 print(f"already done: {start.step} steps, in {config.output}", flush=True)
             return 0
+        needed = range(start.step * train.batch, train.steps * train.batch)
+        num_held = config.held_out.samples if held_rows else 0
+        ranks.together(lambda: refuse_short_pack(config, dataset, needed, num_held))
         # 4. Model and engine, and the state of the newest checkpoint.
         with ExitStack() as resources:
             module = build_method(config)

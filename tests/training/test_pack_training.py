@@ -3,9 +3,11 @@
 import shutil
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
+from mim_scale.errors import StoreError
 from mim_scale.streaming.pack_write import write_pack
 from mim_scale.training.journal import read_journal
 from mim_scale.training.loop import pretrain
@@ -42,6 +44,37 @@ def test_three_steps_without_the_store_are_those_with_it(tmp_path):
     assert [row["kind"] for row in told(runs[1])] == ["held_out", "step", "step", "step", "held_out"]
     ours, theirs = (weights_of(run) for run in runs)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours.keys() | theirs.keys())
+
+
+def test_a_pack_that_ends_too_early_is_refused_before_the_first_step(tmp_path):
+    dataset = make_dataset(tmp_path / "store", [(48, 48, 48)] * 3)
+    config = small_config(str(dataset.path), str(tmp_path / "run"), engine="plain", steps=3)
+    write_pack(config, tmp_path / "pack", 0, 11)
+    start = [*python(), PRETRAIN, "--config", str(write_config(config, tmp_path)), f"data.pack={tmp_path / 'pack'}"]
+    done = run_job(start)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        f"error: {tmp_path / 'pack'}: holds positions 0 to 10, the run asks for 0 to 11; make one that has them with "
+        "`mim-scale data pack OUT --config CONFIG --from 0 --to 12`, or lower train.steps"
+    )
+    assert not (tmp_path / "run" / "journal.jsonl").exists() or not told(tmp_path / "run")
+    # What it holds is enough for two steps.
+    done = run_job([*start, "train.steps=2", "optimizer.warmup_steps=1", f"output={tmp_path / 'other'}"])
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(("first", "stop", "more_held_out", "words"), [
+    (4, 12, 0, "holds positions 4 to 11, the run asks for 0 to 11"),
+    (0, 12, 1, "held-out samples, the run asks for"),
+])  # fmt: skip
+def test_a_pack_that_lacks_the_first_or_held_out_samples_is_refused(tmp_path, first, stop, more_held_out, words):
+    dataset = make_dataset(tmp_path / "store", [(48, 48, 48)] * 3)
+    config = small_config(str(dataset.path), str(tmp_path / "run"), engine="plain", steps=3)
+    write_pack(config, tmp_path / "pack", first, stop)
+    data = config.data.model_copy(update={"pack": str(tmp_path / "pack")})
+    held_out = config.held_out.model_copy(update={"samples": config.held_out.samples + more_held_out})
+    with pytest.raises(StoreError, match=words):
+        pretrain(config.model_copy(update={"data": data, "held_out": held_out}))
 
 
 class StopOnce(StopRequest):
