@@ -27,4 +27,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    exit_with(main)
+    exit_with(main, skip_teardown=True)

@@ -25,7 +25,7 @@ class _Parser(argparse.ArgumentParser):
 
 def main() -> None:
     """The console entry point."""
-    exit_with(run)
+    exit_with(run, skip_teardown=True)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

@@ -23,6 +23,7 @@ import contextlib
 import errno
 import os
 import select
+import signal
 import sys
 import traceback
 from collections.abc import Callable
@@ -118,6 +119,8 @@ def exit_with(main: Callable[[], int], skip_teardown: bool = False) -> NoReturn:
     """
     code = _code_of(main)
     if skip_teardown:
+        # All is said and done: an impatient second Ctrl-C must not turn the code into another.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         # What was to be done at the end (a token file removed, say) is done; only the taking down is left out.
         atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -102,3 +102,13 @@ def test_a_reader_that_has_gone_is_no_bug(skip_teardown: bool, length: int) -> N
     os.close(writing)
     assert done.stderr == ""
     assert done.returncode == (141 if length > 1 else 0)
+
+
+def test_an_interrupt_at_the_end_changes_no_exit_code() -> None:
+    """Ctrl-C after "the store is complete", or a second one after "interrupted"."""
+    code = (
+        "import atexit, os, signal; from mim_scale.errors import exit_with; "
+        "atexit.register(os.kill, os.getpid(), signal.SIGINT); exit_with(lambda: 7, skip_teardown=True)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (7, "", "")
