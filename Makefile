@@ -47,8 +47,10 @@ bad-inputs: $(READY)  ## every bad input, what must become of it and what does: 
 
 soak: $(READY)  ## the long golden runs that the suite leaves out, fuzzing of the readers, builds that are killed
 	OMP_NUM_THREADS=1 MIM_SCALE_ALL_GOLDEN=1 $(BIN)/python -m pytest tests/models/test_golden.py
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris  # without it the fuzzing is blind
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.fuzz_readers --seconds 120
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.kill_builds
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.kill_builds --executor ray
 
 clean:
 	rm -rf $(VENV) runs/demo stores/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

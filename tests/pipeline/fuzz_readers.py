@@ -106,7 +106,7 @@ def _blind(reader: str, seeds: Path, kept: Path, folder: Path, seconds: int) -> 
         if time.monotonic() - begin > _LIMIT_S:
             raise TimeoutError(f"over {_LIMIT_S} seconds; the input is {kept / 'last'}")
         count += 1
-    print(f"{count} inputs without coverage")
+    print(f"{count} blind")
 
 
 def fuzz(reader: str, seconds: int) -> int:
