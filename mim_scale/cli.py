@@ -138,6 +138,9 @@ def _add_build_options(build: Any) -> None:
     build.add_argument(
         "--hold-out", action="append", default=[], metavar="PATH", help="keep copies of these volumes out; repeatable"
     )
+    build.add_argument(
+        "--replace", action="store_true", help="also where the store loses most of its volumes or its hold-outs"
+    )
 
 
 def _add_verify(data: Any) -> None:
@@ -232,6 +235,7 @@ def _build_config(options: argparse.Namespace) -> BuildConfig:
         "part": options.part,
         "key_file": str(options.key) if options.key else None,
         "hold_out": tuple(options.hold_out),
+        "replace": options.replace,
     }
     return check_config(BuildConfig, values, "data build")
 

@@ -346,6 +346,8 @@ class BuildConfig(Section):
     """The secret behind all pseudonyms; null takes $MIM_SCALE_KEY_FILE, or the user's own, made at first use."""
     hold_out: Strings = ()
     """Stores, folders of images or fingerprint lists: what resembles a volume of theirs is kept out."""
+    replace: bool = False
+    """Go on also where the store would lose most of its volumes, or take in what the last build held out."""
 
 
 def _divide(size: Size3, by: Size3) -> Size3:

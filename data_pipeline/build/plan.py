@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,8 @@ class Estimate:
     cpu_s_per_gb: float = _CPU_S_PER_GB
     is_measured: bool = False
     """Whether the two shares above come from this build's own finished tasks."""
+    warnings: list[str] = field(default_factory=list)
+    """What the store would lose, and what would be built again for another setting."""
 
     @property
     def bytes_stored(self) -> float:

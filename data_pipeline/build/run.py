@@ -1,6 +1,5 @@
 """A build from end to end: look, plan, do what is not done, commit. Interrupt it anywhere and start it again."""
 
-import json
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import closing
@@ -21,7 +20,15 @@ from data_pipeline.build.ledger import (
     write_finished,
 )
 from data_pipeline.build.plan import Estimate, estimate, make_tasks, part_of, settings
-from data_pipeline.build.standing import Standing, read_standing, refuse_foreign, refuse_overlap, waivers_of
+from data_pipeline.build.standing import (
+    Standing,
+    changes,
+    losses,
+    read_standing,
+    refuse_foreign,
+    refuse_overlap,
+    waivers_of,
+)
 from data_pipeline.build.tables import Tables, collect, compare
 from data_pipeline.build.task import Task, build_volume
 from data_pipeline.deidentify import PseudonymKey, deidentification_record
@@ -170,6 +177,9 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
         if finished is not None:
             return finished
         inventory.read_headers(progress.looked, config.workers or 1)
+        lost = [] if config.replace else losses(before, build.settings(), build.tasks())
+        if lost:
+            raise StoreError(f"{store}: {lost[0]}")
         with builder_lock(store, "-of-".join(map(str, build.part or ()))):
             return _do(build, digest, progress, work)
 
@@ -189,7 +199,10 @@ def plan_build(config: BuildConfig, progress: Progress) -> Estimate:
         before = read_standing(store)
         inventory.read_headers(progress.looked, config.workers or 1)
         build = _prepare(config, inventory, before)
-        return estimate(build.tasks(), config, ledger)
+        found = estimate(build.tasks(), config, ledger)
+        asked = build.settings()
+        found.warnings = [*losses(before, asked, build.tasks()), *changes(before, asked, "will be built again")]
+        return found
 
 
 def _prepare(config: BuildConfig, inventory: Inventory, before: Standing) -> _Build:
@@ -289,14 +302,8 @@ def _notes(build: _Build, tables: Tables, keys: Names) -> Iterator[str]:
     if before.is_damaged:
         yield "the record of the last build was damaged: it was written anew"
     elif before.record is not None:
-        now = build.settings()
-        last = before.record["build_config"]
-        changed = [name for name in now if last.get(name) != now[name] and name not in {"waivers", "deidentification"}]
-        if "pipeline_version" in changed:
-            yield "the last build was made by an older program: every volume was built again"
-        elif changed:
-            shown = ", ".join(f"{name} {json.dumps(last.get(name))} -> {json.dumps(now[name])}" for name in changed)
-            yield f"settings differ from the last build ({shown}): what they touch was built again"
+        changed = list(changes(before, build.settings(), "was built again"))
+        yield from changed
         num_dropped = len(before.keys) - before.keys.num_shared(keys)
         if num_dropped and tables.may_pass:
             yield f"{num_dropped} volumes of the last build are left out until their sources can be read again"

@@ -1,5 +1,7 @@
 """What stands where a store is to be built, and whether it may be built over."""
 
+import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -7,6 +9,7 @@ from typing import Any
 from data_pipeline.build import plan
 from data_pipeline.build.compact import Names
 from data_pipeline.build.ledger import is_begun, read_waivers, stored_keys
+from data_pipeline.build.task import Task
 from data_pipeline.storage.storage import is_remote
 from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store.dataset import MANIFEST, QUARANTINE, RECORD, VOLUMES, read_record, read_table, table_path
@@ -46,6 +49,43 @@ def waivers_of(store: Path, before: Standing) -> dict[str, str]:
     if noted is not None:
         return noted
     return dict(before.record["build_config"].get("waivers", {})) if before.record else {}
+
+
+def changes(before: Standing, now: dict[str, Any], what_then: str) -> Iterator[str]:
+    """How settings differ from those of the last build, and what that means."""
+    if before.record is None:
+        return
+    last = before.record["build_config"]
+    changed = [name for name in now if last.get(name) != now[name] and name not in {"waivers", "deidentification"}]
+    if "pipeline_version" in changed:
+        yield f"the last build was made by an older program: every volume {what_then}"
+    elif changed:
+        shown = ", ".join(f"{name} {json.dumps(last.get(name))} -> {json.dumps(now[name])}" for name in changed)
+        yield f"settings differ from the last build ({shown}): what they touch {what_then}"
+
+
+def losses(before: Standing, now: dict[str, Any], tasks: Iterable[Task]) -> list[str]:
+    """What the store would lose that its owner may not mean to lose, and what to do."""
+    if before.record is None:
+        return []
+    found = []
+    last = before.record["build_config"]
+    num_held, num_now = len(last.get("hold_out", [])), len(now["hold_out"])
+    if num_now < num_held:
+        found.append(
+            f"the last build had {num_held} x --hold-out, this one has {num_now}; give them as before, or --replace to "
+            "let their images in"
+        )
+    num_before = len(before.source_keys)
+    # Under another key every input has another name: then nobody can tell.
+    if last.get("pseudonym_key") == now["pseudonym_key"]:
+        num_gone = num_before - sum(task.source_key in before.source_keys for task in tasks)
+        if num_gone * 2 > num_before:
+            found.append(
+                f"{num_gone} of its {num_before} volumes come from files that are not in this source; a store holds "
+                "what one source holds: give that one, build into another folder, or --replace to keep only these"
+            )
+    return found
 
 
 def refuse_overlap(root: str, store: Path) -> None:

@@ -33,12 +33,18 @@ def plan(config: BuildConfig, as_json: bool = False) -> int:
     how = "as measured on what is done" if found.is_measured else "a cautious guess, until some volumes are done"
     rows.add_row("store on disk, about", f"{shown_bytes(found.bytes_stored)} ({how})")
     rows.add_row("free on that disk", shown_bytes(_free_bytes(Path(config.store))))
-    rows.add_row("work left, about", f"{found.core_hours:.2f} core-hours")
+    rows.add_row("work left, about", _shown_work(found.core_hours))
     rows.add_row("memory of the largest task", shown_bytes(found.largest_memory_bytes))
     out = console()
     out.print(rows)
+    for warning in found.warnings:
+        out.print(f"beware: {warning}")
     out.print(f"next: mim-scale data build {config.source} {config.store}")
     return 0
+
+
+def _shown_work(core_hours: float) -> str:
+    return f"{core_hours:.1f} core-hours" if core_hours >= 1 else f"{core_hours * 60:.1f} core-minutes"
 
 
 def _free_bytes(path: Path) -> int:

@@ -13,6 +13,7 @@ import pytest
 from data_pipeline.build.plan import make_tasks
 from data_pipeline.build.run import Outcome, Silent, run_build
 from data_pipeline.commands.build import build
+from data_pipeline.commands.plan import plan as plan_verb
 from data_pipeline.deidentify import PseudonymKey
 from data_pipeline.sources.inventory import find_sources
 from mim_scale.cli import run
@@ -50,8 +51,8 @@ def store(tmp_path: Path) -> Path:
     return tmp_path / "store"
 
 
-def _build(source: Path, store: Path) -> Outcome:
-    return run_build(config(source, store), Silent())
+def _build(source: Path, store: Path, **settings: Any) -> Outcome:
+    return run_build(config(source, store, **settings), Silent())
 
 
 def _failing(real: Any, name: str) -> Any:
@@ -326,3 +327,41 @@ def test_brackets_in_names_are_shown_as_they_are(tmp_path: Path, capsys: pytest.
     assert run(["data", "verify", str(store)]) == 3
     shown = capsys.readouterr().out
     assert shown.count("[bold] [/x]") >= 5
+
+
+def _tree_of(store: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(store)): path.read_bytes() for path in sorted(store.rglob("*")) if path.is_file()}
+
+
+def test_a_source_without_most_of_the_volumes_is_refused_before_anything_is_touched(
+    source: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for seed in (5, 6):
+        write_image(source / f"more{seed}.nii.gz", phantom(seed))
+    first = _build(source, store)
+    before = _tree_of(store)
+    kept = sorted(path for path in source.rglob("*") if path.is_file())[0]
+    for path in source.rglob("*"):
+        if path.is_file() and path != kept:
+            path.unlink()
+    with pytest.raises(StoreError, match=f"{len(first.rows) - 1} of its {len(first.rows)} volumes come from files"):
+        _build(source, store)
+    assert _tree_of(store) == before
+    assert plan_verb(config(source, store)) == 0
+    assert "beware: " in capsys.readouterr().out
+    assert len(_build(source, store, replace=True).rows) == 1
+
+
+def test_hold_outs_are_not_let_in_by_forgetting_them(
+    source: Path, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    held = tmp_path / "held"
+    held.mkdir()
+    shutil.copy(next(source.rglob("1.nii.gz")), held / "test.nii.gz")
+    first = _build(source, store, hold_out=(str(held),))
+    assert "held_out" in first.reasons
+    with pytest.raises(StoreError, match="the last build had 1 x --hold-out, this one has 0"):
+        _build(source, store)
+    assert plan_verb(config(source, store)) == 0
+    assert "beware: the last build had 1 x --hold-out" in " ".join(capsys.readouterr().out.split())
+    assert "held_out" not in _build(source, store, replace=True).reasons
