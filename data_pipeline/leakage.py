@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.canonical import canonical
 from data_pipeline.deidentify import PseudonymKey
-from data_pipeline.duplicates import IDENTITY, LEAST_SCORE, Link, links
+from data_pipeline.duplicates import IDENTITY, LEAST_SCORE, Evidence, Link, links
 from data_pipeline.overlay import (
     CANDIDATE_SCORE,
     NO_VOXELS,
@@ -248,6 +248,8 @@ def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict
     hits = []
     for a, b, link in leaks:
         hit: dict[str, Any] = {"corpus_key": a, "benchmark_key": b, "evidence": str(link.evidence)}
+        if link.evidence == Evidence.SAME_VOXELS:
+            hit |= {"confirmed_by_voxels": True}
         if link.match is not None:
             hit |= {
                 "score": round(link.match.score, 2),
@@ -256,7 +258,7 @@ def certificate(corpus: Side, benchmark: Side, with_names: bool = False) -> dict
                 "relation": FRAMES[link.match.relation].tolist(),
                 "shift_mm": [round(step, 1) for step in link.match.shift_mm],
                 "correlation": None if link.correlation is None else round(link.correlation, 3),
-                "confirmed_by_voxels": is_confirmed(link),
+                "confirmed_by_voxels": link.evidence == Evidence.SAME_VOXELS or is_confirmed(link),
             }
         if with_names:
             hit |= {"corpus_name": corpus.names.get(a, ""), "benchmark_name": benchmark.names.get(b, "")}

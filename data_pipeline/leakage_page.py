@@ -105,6 +105,8 @@ def _hits(values: dict[str, Any], corpus: Side, benchmark: Side, with_pictures: 
 
 
 def _told_by_voxels(hit: dict[str, Any]) -> str:
+    if hit["evidence"] == "same_voxels":
+        return "<b>voxel for voxel the same</b>"
     if hit["confirmed_by_voxels"]:
         return f"<b>confirmed by voxels, correlation {hit['correlation']:.2f}</b>"
     if hit["correlation"] is not None:

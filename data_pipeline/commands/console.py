@@ -10,15 +10,17 @@ from rich.table import Table
 
 _WIDTH = 110
 """Of tables where the output is no terminal."""
+_WIDE = 10_000
+"""Of tables with paths there: whoever searches in them needs each in one piece."""
 
 
-def console() -> Console:
-    """Where verbs print."""
+def console(is_wide: bool = False) -> Console:
+    """Where verbs print; wide where paths are among what is printed."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Names of folders need not be valid text: they are printed as the system wrote them.
         sys.stdout.reconfigure(errors="surrogateescape")
     # Paths and details are shown as they are: square brackets in them are no markup.
-    width = None if sys.stdout.isatty() else _WIDTH
+    width = None if sys.stdout.isatty() else _WIDE if is_wide else _WIDTH
     return Console(width=width, highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 

@@ -59,7 +59,7 @@ def _show(store: Path, rows: list[QuarantineRow], names: dict[str, str], as_json
     if as_json:
         print(json.dumps([asdict(row) | _named(row, names) for row in rows], indent=1))
         return
-    out = console()
+    out = console(is_wide=bool(names))
     columns = ("key", "format", "reason", "detail", *(("input",) if names else ()))
     shown = table(f"refused by {store}", *columns)
     for row in rows:
@@ -71,7 +71,7 @@ def _show(store: Path, rows: list[QuarantineRow], names: dict[str, str], as_json
     out.print(f"{len(rows)} refused inputs{'' if names or not rows else '; --names SOURCE shows their paths'}")
     if in_full:
         for reason in sorted({row.reason for row in rows}):
-            out.print(f"{reason}: {_ADVICE.get(reason, 'see the detail')}")
+            out.print(f"{reason}: {ADVICE.get(reason, 'see the detail')}")
 
 
 def _named(row: QuarantineRow, names: dict[str, str]) -> dict[str, str]:
@@ -129,13 +129,31 @@ def _waive(store: Path, keys: tuple[str, ...], rows: list[QuarantineRow]) -> Non
     console().print(f"{len(rows)} refused inputs will be let pass by the next `data build`; their rows will say so")
 
 
-_ADVICE = {
+ADVICE = {
+    # What can be done about each reason.
     "unreadable": "the file is damaged or no image: get it again from where it came; or the detail says how to give it",
     "io_error": "the disk, the bucket or the server refused: mend that, the next build tries it again",
     "worker_died": "give the build more memory or fewer --workers; the next build tries it again",
     "missing_slices": "get the missing slices and run the build again",
     "gantry_tilt": "straighten the series with a tool of your choice and add the result",
-    "hu_implausible": "mend the rescaling, or `data quarantine waive` where you know better",
+    "hu_implausible": "a mask or no CT: nothing to do; else mend the rescaling, or `data quarantine waive`",
+    "archive": "unpack it into the source",
+    "no_pixels": "nothing to do: it holds no image",
+    "not_ct": "nothing to do: another modality",
+    "localizer": "nothing to do: an overview image, no slices",
+    "derived_map": "nothing to do: computed values, no HU of tissue; the original series may be beside it",
+    "secondary_capture": "nothing to do: a picture of a screen; the original series may be beside it",
+    "multi_frame": "export it as single frames, or with a position for each frame",
+    "no_geometry": "export it again with image position, orientation and pixel spacing (NIfTI: an affine)",
+    "mixed_sizes": "several series under one name: give each its own series UID or folder",
+    "mixed_orientation": "several stacks under one name: give each its own series UID or folder",
+    "mixed_series": "several series without UIDs in one folder: give each its own folder",
+    "repeated_positions": "several phases or reconstructions in one series: give each a series UID of its own",
+    "uneven_spacing": "slices are missing or of two series: get the whole series, or resample it to even steps",
+    "not_3d": "split it into 3D volumes, or export grey values",
+    "sheared_affine": "resample it to a grid of right angles",
+    "spacing_implausible": "mend the voxel size in the header",
+    "non_finite": "replace NaN and infinite values, or mend slope and intercept",
     "too_few_slices": "lower --min-slices, or `data quarantine waive`",
     "constant": "nothing to learn from; `data quarantine waive` where you know better",
     "duplicate": "nothing to do: its voxels are stored once",

@@ -45,7 +45,7 @@ def scan(source: Path | str, workers: int | None = None, store: Path | None = No
         rows = table(f"{root}", "format", ">inputs", ">files", ">bytes")
         for kind in sorted(inputs):
             rows.add_row(kind, str(inputs[kind]), str(files[kind]), shown_bytes(sizes[kind]))
-        out = console()
+        out = console(is_wide=names)
         out.print(rows)
         if refused:
             out.print(named if names else reasons_table("refused by their headers", refused))

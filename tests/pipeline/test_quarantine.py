@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.build.run import Outcome, Silent, plan_build, run_build
+from data_pipeline.commands.quarantine import ADVICE
 from data_pipeline.hold_out import Held, HoldOut
 from data_pipeline.overlay import NO_VOXELS, Voxels
+from data_pipeline.reasons import Reason
 from mim_scale.cli import run
 from mim_scale.errors import ConfigError, SourceError, StoreError
 from mim_scale.store.dataset import Dataset
@@ -216,3 +218,7 @@ def test_a_build_lays_its_own_voxels_over_what_is_held_out(
     write_image(benchmark / "test case.nii.gz", phantom(21), "PIR")
     outcome = run_build(config(source, store, hold_out=(str(benchmark),)), Silent())
     assert read == [True] * outcome.num_volumes
+
+
+def test_every_reason_has_an_advice() -> None:
+    assert set(ADVICE) == set(map(str, Reason))
