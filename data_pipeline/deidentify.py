@@ -90,6 +90,12 @@ class PseudonymKey:
         """64 hex digits for JSON values: without the key nobody can tell whether a guess at them is right."""
         return hmac.new(self.secret, json.dumps(values, sort_keys=True).encode(), hashlib.sha256).hexdigest()
 
+    def subject(self, listed: str, patient: str) -> str:
+        """Whose a volume is: as a list or description names them, else as its header does; empty where neither does."""
+        if listed:
+            return self.pseudonym("listed", listed)
+        return self.pseudonym("patient", patient) if patient else ""
+
     def pseudonym(self, kind: str, name: str) -> str:
         """16 hex digits that stand for a name; kind (patient, study, series, source, ...) keeps names apart."""
         message = f"{kind}\n{name}".encode("utf-8", "surrogateescape")

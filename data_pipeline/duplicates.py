@@ -261,10 +261,13 @@ def links(
     return [found[pair] for pair in sorted(found)]
 
 
-def groups(rows: Iterable[FingerprintRow]) -> dict[str, str]:
+def groups(rows: Iterable[FingerprintRow], aliases: Iterable[tuple[str, str]] = ()) -> dict[str, str]:
     """Of each volume's key the group whose volumes stay on one side of a split: the smallest subject in it.
 
     Volumes of one subject, of one series, of equal voxels, and certain near-copies are in one group.
+
+    Args:
+        aliases: (key, subject) of copies that are not among the rows: whose their volume is, too.
     """
     rows = list(rows)
     parents = list(range(len(rows)))
@@ -284,6 +287,10 @@ def groups(rows: Iterable[FingerprintRow]) -> dict[str, str]:
         for name in ("subject", "series", "voxel_hash"):
             if value := getattr(row, name):
                 join(first.setdefault((name, value), i), i)
+    place_of = {row.key: i for i, row in enumerate(rows)}
+    for key, subject in aliases:
+        if key in place_of:
+            join(first.setdefault(("subject", subject), place_of[key]), place_of[key])
     for match in find_copies([row.fingerprint for row in rows], least_score=CERTAIN_SCORE):
         join(match.a, match.b)
     names: dict[int, str] = {}

@@ -31,7 +31,7 @@ from data_pipeline.reasons import Rejected, reading_failed
 from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
-from data_pipeline.volume_fingerprint import FRAMES, VERSION, volume_fingerprint
+from data_pipeline.volume_fingerprint import FRAMES, VERSION, unpack, volume_fingerprint
 from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError, StoreError
 from mim_scale.store.array_store import VolumeReader
@@ -105,12 +105,26 @@ def load_side(path: Path, key: PseudonymKey | None = None, progress: Progress | 
 
 def _list_side(path: Path) -> Side:
     rows, key_check = read_list(path)
+    _check_versions(path, rows)
     return Side("list", rows, key_check)
+
+
+def _check_versions(path: Path, rows: Sequence[FingerprintRow]) -> None:
+    """Raise StoreError where a fingerprint is none that this program can compare."""
+    for row in rows:
+        try:
+            # Empty: a volume without a single mark.
+            unpack(row.fingerprint or bytes([VERSION]))
+        except ValueError:
+            raise StoreError(
+                f"{path}: holds volume fingerprints of another version of mim-scale; make it again with this one"
+            ) from None
 
 
 def _store_side(path: Path) -> Side:
     dataset = Dataset.open(path)
     rows = read_table(path, dataset.record, FINGERPRINTS, lambda file: tuple(iter_fingerprints(file)))
+    _check_versions(path, rows)
     return Side("store", rows, str(dataset.record["build_config"].get("pseudonym_key", "")), voxels=StoredVoxels(path))
 
 
@@ -187,7 +201,7 @@ def _rows_of(root: Path, source: Source, key: PseudonymKey | None) -> tuple[list
     def pseudonym(kind: str, name: str) -> str:
         return key.pseudonym(kind, name) if key and name else ""
 
-    subject = pseudonym("patient", source.subject or scan.identity.patient)
+    subject = key.subject(source.subject, scan.identity.patient) if key else ""
     series = pseudonym("series", scan.identity.series)
     name, voxels = volume_key(content), voxel_hash(volume)
     return [FingerprintRow(name, subject, series, content, voxels, mark) for mark in marks], marks

@@ -181,7 +181,13 @@ def run_build(config: BuildConfig, progress: Progress, work: Work = build_volume
         if lost:
             raise StoreError(f"{store}: {lost[0]}")
         with builder_lock(store, "-of-".join(map(str, build.part or ()))):
+            if _fingerprint(read_standing(store)) != _fingerprint(before):
+                raise StoreError(f"{store}: another build has finished here in the meantime; run this one again")
             return _do(build, digest, progress, work)
+
+
+def _fingerprint(standing: Standing) -> str | None:
+    return standing.record["fingerprint"] if standing.record is not None else None
 
 
 def plan_build(config: BuildConfig, progress: Progress) -> Estimate:

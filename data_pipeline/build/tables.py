@@ -43,6 +43,8 @@ class Tables:
     reasons: Counter[str]
     bytes_raw: int
     bytes_stored: int
+    aliases: list[tuple[str, str]] = field(default_factory=list)
+    """(key, subject) of copies that are refused as such: whose their volume is, too."""
     groups: dict[str, str] = field(default_factory=dict)
     """Of keys whose group is another than their subject."""
 
@@ -123,6 +125,7 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
     reasons: Counter[str] = Counter()
     bytes_raw = bytes_stored = 0
     seen: set[bytes] = set()
+    aliases: list[tuple[str, str]] = []
     for task in tasks:
         task_key = bytes.fromhex(task.key[:32])
         result = ledger.at(task_key)
@@ -132,11 +135,12 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
             reason = (result.rejected or ("", ""))[0] if row is None else Reason.DUPLICATE
             if row is not None:
                 found[task_key] = (Reason.DUPLICATE, f"equal to volume {row.key}, voxel for voxel")
+                aliases.append((row.key, task.pseudonyms.subject(task.source.subject, "") or row.subject))
             refused += bytes.fromhex(task.source_key) + task_key
             reasons[str(reason)] += 1
             continue
         seen.add(content)
-        listed = task.pseudonyms.pseudonym("listed", task.source.subject) if task.source.subject else ""
+        listed = task.pseudonyms.subject(task.source.subject, "")
         is_known = bool(listed) or row.subject != task.pseudonyms.pseudonym("volume", row.content_hash)
         kept += bytes.fromhex(row.key) + task_key + bytes.fromhex(listed or row.subject) + bytes([is_known])
         bytes_raw, bytes_stored = bytes_raw + row.bytes_raw, bytes_stored + row.bytes_stored
@@ -148,6 +152,7 @@ def collect(tasks: Iterable[Task], ledger: Ledger) -> Tables:
         reasons,
         bytes_raw,
         bytes_stored,
+        aliases,
     )
 
 
@@ -160,10 +165,10 @@ def compare(store: Path, tables: Tables, hold_out: HoldOut, key_check: str) -> N
     write_fingerprints(table, tables.fingerprints())
     try:
         if len(tables.kept) < _ENOUGH_FOR_A_PROCESS:
-            tables.groups, held = _search(table, hold_out, key_check)
+            tables.groups, held = _search(table, hold_out, key_check, tables.aliases)
         else:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-                tables.groups, held = pool.submit(_search, table, hold_out, key_check).result()
+                tables.groups, held = pool.submit(_search, table, hold_out, key_check, tables.aliases).result()
     except BrokenProcessPool:
         raise StoreError(f"{store}: the search for copies was killed (no memory?); run the build again") from None
     finally:
@@ -175,11 +180,18 @@ def compare(store: Path, tables: Tables, hold_out: HoldOut, key_check: str) -> N
 _ENOUGH_FOR_A_PROCESS = 500
 
 
-def _search(table: Path, hold_out: HoldOut, key_check: str) -> tuple[dict[str, str], dict[str, str]]:
+def _search(
+    table: Path, hold_out: HoldOut, key_check: str, aliases: list[tuple[str, str]]
+) -> tuple[dict[str, str], dict[str, str]]:
     """The group of each volume whose group is not its subject, and why a volume is held out."""
     rows = tuple(iter_fingerprints(table))
-    found = groups(rows)
+    found = groups(rows, aliases)
     voxels = StoredVoxels(table.parent.parent)
     held = hold_out.matches(rows, key_check, voxels) if hold_out.sides else {}
     details = {key: f"{why.evidence}: {why.key} of {why.list_name}" for key, why in held.items()}
+    # Whoever is in a test set is out with all their scans.
+    first_of = {found[key]: key for key in sorted(details, reverse=True)}
+    for row in rows:
+        if row.key not in details and found[row.key] in first_of:
+            details[row.key] = f"same_patient: as volume {first_of[found[row.key]]}, which is held out"
     return {row.key: found[row.key] for row in rows if found[row.key] != row.subject}, details

@@ -112,12 +112,12 @@ def is_cut(file: BinaryIO, header: Any) -> bool:
 
 def value(header: Header, name: str) -> Any:
     """An attribute's value; None where it is missing, empty or cannot be understood."""
-    found = _plain_value(header, name) if isinstance(header, pydicom.Dataset) else None
-    if found is None:
-        try:
+    try:
+        found = _plain_value(header, name) if isinstance(header, pydicom.Dataset) else None
+        if found is None:
             found = header.get(name)
-        except Exception:
-            return None
+    except Exception:
+        return None
     return None if isinstance(found, str) and not found.strip() else found
 
 
@@ -139,7 +139,8 @@ def _plain_value(header: pydicom.Dataset, name: str) -> Any:
         except ValueError:
             return None
         return found[0] if len(found) == 1 else found
-    if vr in _WORDS and raw.value.isascii() and b"\\" not in raw.value:
+    # An escape begins letters of another alphabet, in bytes that look like ASCII (ISO 2022).
+    if vr in _WORDS and raw.value.isascii() and b"\\" not in raw.value and b"\x1b" not in raw.value:
         return raw.value.decode("ascii").strip(" \0")
     return None
 

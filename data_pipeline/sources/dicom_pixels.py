@@ -135,6 +135,8 @@ def rescale_of(header: Header, is_signed: bool) -> Rescale:
         if number is None:
             raise Rejected(Reason.NON_FINITE, "the rescale slope or intercept gives no usable numbers")
         found.append(number[0])
+    if found[0] <= 0:
+        raise Rejected(Reason.HU_IMPLAUSIBLE, f"a slice has the rescale slope {found[0]:g}: its values become no HU")
     if value(header, "RescaleSlope") is None and value(header, "ModalityLUTSequence"):
         raise Rejected(Reason.UNREADABLE, "stored values become HU by a table, which is not read")
     return Rescale(found[0], found[1], _padding_range(header, is_signed), is_given)

@@ -20,7 +20,7 @@ from data_pipeline.sources.source import Format
 from mim_scale.commit import sha256_values
 from mim_scale.errors import SourceError
 
-FACTS_VERSION = 4
+FACTS_VERSION = 5
 """Raised whenever the same file would give other facts: kept ones then count no more."""
 
 _FORMATS: tuple[tuple[str, Format], ...] = (
@@ -74,7 +74,8 @@ def list_files(root: Path, paths: Iterable[str] | None = None) -> Iterator[Entry
 
 
 def _below(root: Path, start: str, seen: set[str]) -> Iterator[Entry]:
-    for folder, folders, names in os.walk(root / start, onerror=_refuse_folder, followlinks=True):
+    links: list[str] = []
+    for folder, folders, names in os.walk(root / start, onerror=_refuse_folder):
         real = os.path.realpath(folder)
         if real in seen:
             folders.clear()
@@ -86,8 +87,12 @@ def _below(root: Path, start: str, seen: set[str]) -> Iterator[Entry]:
             yield _image_entry(root, str(relative))
             continue
         folders.sort()
+        links += [os.path.join(folder, name) for name in folders if os.path.islink(os.path.join(folder, name))]
         for name in names:
             yield _entry(root, str(relative / name))
+    # After all that lies here under its own name: a folder is known by that, not by a link to it.
+    for link in sorted(links):
+        yield from _below(root, os.path.relpath(link, root), seen)
 
 
 def _image_entry(root: Path, folder: str) -> Entry:

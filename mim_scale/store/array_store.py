@@ -239,7 +239,8 @@ def _context() -> Any:
 def _open(folder: Path) -> Any:
     spec = {
         "driver": "zarr3",
-        "kvstore": {"driver": "file", "path": f"{folder}/"},
+        # The library takes no path with "..".
+        "kvstore": {"driver": "file", "path": f"{os.path.abspath(folder)}/"},
         "fill_missing_data_reads": False,
         "store_data_equal_to_fill_value": True,
     }

@@ -112,6 +112,7 @@ def write_pack(
     try:
         with _kept_alone(folder), ExitStack() as stack:
             _take_up(folder, job)
+            _clear(folder)
             pool = stack.enter_context(ThreadPoolExecutor(config.data.workers, thread_name_prefix="mim-pack"))
             packer = _Packer(folder, job, pool, config.data.read_ahead, watcher)
             shards = {}
@@ -219,7 +220,7 @@ class _Ahead:
 
 @contextmanager
 def _kept_alone(folder: Path) -> Iterator[None]:
-    """Keep other packers out of the folder, and clear away what a killed one left half-written."""
+    """Keep other packers out of the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
@@ -228,14 +229,22 @@ def _kept_alone(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             raise StoreError(f"{folder}: another `data pack` is writing in it; wait for it, or end it") from None
         except OSError:
-            # A file system without locks: two packers write equal bytes, but a leftover may be the other's.
+            # A file system without locks: two packers write equal bytes.
             pass
-        else:
-            for leftover in folder.glob(f"{TEMPORARY}*"):
-                leftover.unlink()
         yield
     finally:
         os.close(descriptor)
+
+
+def _is_leftover(path: Path, name: str) -> bool:
+    return path.name.startswith(TEMPORARY) and path.name.endswith(f"-{name}") and path.is_file()
+
+
+def _clear(folder: Path) -> None:
+    """Clear away what a killed packer of this very pack left half-written."""
+    for leftover in folder.glob(f"{TEMPORARY}*"):
+        if leftover.is_file():
+            leftover.unlink()
 
 
 def _take_up(folder: Path, job: dict[str, Any]) -> None:
@@ -258,7 +267,9 @@ def _take_up(folder: Path, job: dict[str, Any]) -> None:
             what, wanted, was = found
             raise StoreError(f"{folder}: holds a pack with {what} {was}, not {wanted}; name another folder")
         return
-    if not is_damaged and (other := next(iter(sorted(folder.iterdir())), None)) is not None:
+    # What a packer leaves that was killed while it wrote this very note is no other thing.
+    others = (path for path in sorted(folder.iterdir()) if not _is_leftover(path, NOTE))
+    if not is_damaged and (other := next(others, None)) is not None:
         raise StoreError(f"{folder}: holds other things ({other.name}) and no pack; name a new folder")
     write_file(folder / NOTE, sealed(job)[0])
 

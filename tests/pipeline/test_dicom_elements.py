@@ -126,3 +126,19 @@ def _with(data: bytes, name: str, raw: bytes) -> Any:
     element = header.get_item(tag)
     header._dict[tag] = element._replace(value=raw, length=len(raw))
     return header
+
+
+def test_letters_of_another_alphabet_are_decoded() -> None:
+    (data, *_) = _ordinary()
+    header = _with(data, "PatientID", "\u5c71\u7530".encode("iso2022_jp"))
+    header[0x00080005].value = ["", "ISO 2022 IR 87"]
+    header.set_original_encoding(False, True, pydicom.charset.convert_encodings(["", "ISO 2022 IR 87"]))
+    assert text(header, "PatientID") == "\u5c71\u7530"
+
+
+def test_an_element_that_nobody_can_decode_is_as_none() -> None:
+    (data, *_) = _ordinary()
+    header, _ = _by_pydicom(data)
+    tag = pydicom.tag.Tag("Modality")
+    header._dict[tag] = header.get_item(tag)._replace(VR="XX", value=b"", length=0)
+    assert text(header, "Modality") == ""

@@ -17,7 +17,7 @@ from data_pipeline.hold_out import HoldOut
 from data_pipeline.leakage import Side, StoredVoxels, as_hu, certificate, find_leaks, load_side
 from data_pipeline.leakage_page import page
 from data_pipeline.overlay import NO_VOXELS
-from data_pipeline.volume_fingerprint import unpack, volume_fingerprint
+from data_pipeline.volume_fingerprint import VERSION, unpack, volume_fingerprint
 from mim_scale.cli import run
 from mim_scale.errors import DamagedError, SourceError
 from mim_scale.store.dataset import Dataset, commit_dataset
@@ -99,7 +99,8 @@ def test_a_damaged_list_is_never_read_as_another_one(tmp_path: Path, monkeypatch
     """Parquet would take most flipped bits: then a copy would not be found."""
     random = np.random.default_rng(0)
     names = ("0" * 16, "ab" * 8, "cd" * 8, "e" * 64, "f" * 64)
-    rows = tuple(FingerprintRow(f"{number}{names[0][1:]}", *names[1:], random.bytes(200)) for number in range(3))
+    marks = [bytes([VERSION]) + random.bytes(9 * 23) for _ in range(3)]
+    rows = tuple(FingerprintRow(f"{number}{names[0][1:]}", *names[1:], mark) for number, mark in enumerate(marks))
     file = tmp_path / "list.parquet"
     write_fingerprints(file, rows, "01234567")
     whole = file.read_bytes()

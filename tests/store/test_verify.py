@@ -207,3 +207,9 @@ def test_damaged_tables_are_problems_and_no_store_is_an_error(dataset, tmp_path)
     assert [(problem.key, problem.level) for problem in problems] == [("", -1)]
     with pytest.raises(StoreError, match="no such store"):
         verify(tmp_path / "nothing", deep=False)
+
+
+def test_a_path_with_dots_leads_to_the_same_store(dataset, monkeypatch):
+    (dataset.path / "elsewhere").mkdir()
+    monkeypatch.chdir(dataset.path / "elsewhere")
+    assert verify(Path("..") / ".." / dataset.path.name, True) == []

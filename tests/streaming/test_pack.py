@@ -142,6 +142,10 @@ def test_what_stands_there_is_a_pack_or_refused(dataset, tmp_path):
     (tmp_path / "full" / "notes.txt").write_text("mine")
     with pytest.raises(StoreError, match=r"has no commit record \(pack.json\)"):
         Pack.open(tmp_path / "full")
+    (tmp_path / "full" / ".tmp-precious").write_text("not a packer's")
+    with pytest.raises(StoreError, match=r"holds other things \(.tmp-precious\)"):
+        write_pack(config, tmp_path / "full", 0, 2)
+    (tmp_path / "full" / ".tmp-precious").unlink()
     with pytest.raises(StoreError, match=r"holds other things \(notes.txt\)"):
         write_pack(config, tmp_path / "full", 0, 2)
     write_pack(config, tmp_path / "pack", 0, 2)

@@ -94,7 +94,7 @@ def _values() -> list[Case]:
         ("PixelSpacing", b"1000\\1000", "spacing_implausible"),
         ("PixelSpacing", b"0.001\\0.001", "spacing_implausible"),
         ("PixelSpacing", b"0,9\\0,8 ", "no_geometry"),
-        ("RescaleSlope", b"0 ", "constant"),
+        ("RescaleSlope", b"0 ", "hu_implausible"),
         ("RescaleSlope", b"inf ", "non_finite"),
         ("RescaleSlope", b"nan ", "non_finite"),
         ("RescaleSlope", b"1,0 ", "non_finite"),
