@@ -101,8 +101,9 @@ def report(console: Console, config: PretrainConfig, encoder: Path, seconds: lis
             console.print(f"held-out loss, level {level}: {loss:.5f}; trivial predictor: {trivial:.5f}; {share}")
     console.rule("[bold]Your own data", align="left")
     for command in (
-        "mim-scale data build /path/to/your/ct stores/mine",
-        "deepspeed --num_gpus 1 launch/pretrain.py --config configs/base.yaml data.store=stores/mine output=runs/mine",
+        "mim-scale data plan /path/to/your/ct stores/mine --spacing 2",
+        "mim-scale data build /path/to/your/ct stores/mine --spacing 2",
+        "deepspeed --num_gpus 1 launch/pretrain.py --config configs/demo.yaml data.store=stores/mine output=runs/mine",
         "mim-scale export runs/mine encoders/mine",
     ):
         console.print(f"  {_bin()}/{command}", soft_wrap=True, highlight=False)

@@ -44,6 +44,7 @@ def build(config: BuildConfig) -> int:
         out.print(f"the store is whole without {count} that could not be read this time: run the same build again")
     else:
         out.print("nothing to do: the store is complete" if outcome.was_complete else "the store is complete")
+    out.print(f"next: mim-scale data report {config.store}")
     return 0
 
 

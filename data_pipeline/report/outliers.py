@@ -28,7 +28,8 @@ class Measure:
 
 MEASURES = (
     *(Measure(f"spacing {axis}", "mm", 0.1, is_ratio=True) for axis in "zyx"),
-    *(Measure(f"shape {axis}", "voxels", 0.1, is_ratio=True) for axis in "zyx"),
+    # In mm: a matrix of 512 beside ones of 128 is nothing strange.
+    *(Measure(f"extent {axis}", "mm", 0.1, is_ratio=True) for axis in "zyx"),
     Measure("mean HU", "HU", 20.0),
     Measure("HU histogram distance", "HU", 20.0),
 )

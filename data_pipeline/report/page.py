@@ -120,7 +120,7 @@ def _summary(numbers: Numbers) -> str:
         ("Source files", shown_bytes(sizes["source"]), "of the stored volumes"),
         ("Voxels", shown_bytes(sizes["raw"]), "as int16"),
         ("On disk", shown_bytes(sizes["stored"]), _ratios(sizes)),
-        ("Outliers", f"{len(numbers.outliers):,}", "in spacing, shape or HU"),
+        ("Outliers", f"{len(numbers.outliers):,}", "in spacing, extent or HU"),
     )
     cells = "".join(f"<div><dt>{name}</dt><dd>{value}<small>{more}</small></dd></div>" for name, value, more in facts)
     return f'{proof}<dl class="facts">{cells}</dl>'
@@ -205,7 +205,7 @@ def _outliers(contents: Contents) -> str:
     if contents.numbers.num_volumes < LEAST_VOLUMES:
         return f"<p>Not looked for: fewer than {LEAST_VOLUMES} volumes say nothing about what is usual.</p>"
     how = (
-        f"A volume is an outlier where its spacing, shape, mean HU or HU histogram lies more than {THRESHOLD} robust "
+        f"A volume is an outlier where its spacing, extent, mean HU or HU histogram lies more than {THRESHOLD} robust "
         "standard deviations (from the median absolute deviation) from the median; spacing and shape by their ratio."
     )
     if not found:

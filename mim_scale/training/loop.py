@@ -18,7 +18,7 @@ from mim_scale.errors import EXIT_REQUEUE, DivergedError, StoreError
 from mim_scale.methods.build import build_method
 from mim_scale.sampling.order import micro_batches
 from mim_scale.store.dataset import Dataset
-from mim_scale.store.geometry import Spacing3
+from mim_scale.store.geometry import Size3, Spacing3
 from mim_scale.store.manifest import Row, split_subjects
 from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_pack
 from mim_scale.training.checkpoint import check_fits
@@ -100,6 +100,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
             progress = Progress(start.step, train.steps, train.batch, is_shown=ranks.rank == 0)
             resources.callback(progress.close)
             progress.say(_opening(config, ranks, start.step, module, len(rows), len(held_rows)))
+            progress.say(told_share_inside(rows, config.plan.box))
             state = ranks.together(lambda: _load(start, module))
             engine = build_engine(module, config, ranks)
             resources.callback(engine.close)
@@ -214,6 +215,18 @@ def _refuse_other_copy(dataset: Dataset, expected: str) -> None:
             f"{expected[:16]}: "
             "give all machines the same store"
         )
+
+
+def told_share_inside(rows: Sequence[Row], box: Size3) -> str:
+    """How much of a crop lies inside its volume on average; the rest is air, and teaches nothing."""
+    inside = sum(math.prod(min(size, by) / by for size, by in zip(row.shape, box, strict=True)) for row in rows)
+    share = inside / len(rows)
+    told = f"at most {share:.0%} of a box of {' x '.join(map(str, box))} voxels lies inside its volume, on average"
+    few = ": build the store with a coarser --spacing, or take a smaller plan.box"
+    return told + (few if share < _FEW_INSIDE else "")
+
+
+_FEW_INSIDE = 0.5
 
 
 def _opening(config: PretrainConfig, ranks: Ranks, step: int, module: nn.Module, volumes: int, held_out: int) -> str:

@@ -21,7 +21,7 @@ from mim_scale.store.dataset import Dataset, volume_folder
 from mim_scale.store.manifest import split_subjects
 from mim_scale.training.held_out import HeldOut
 from mim_scale.training.journal import read_journal
-from mim_scale.training.loop import _share, pretrain
+from mim_scale.training.loop import _share, pretrain, told_share_inside
 from mim_scale.training.stop import StopRequest
 from tests.synthetic import make_dataset
 from tests.training.jobs import PRETRAIN, errors_of, write_config
@@ -269,3 +269,10 @@ def test_a_held_out_loss_that_is_not_finite_ends_the_run(
 
 def test_a_trivial_predictor_without_error_has_no_share() -> None:
     assert (_share(0.5, 0.25), _share(0.5, 0.0)) == ("2.00", "-")
+
+
+def test_a_box_that_reaches_beyond_its_volumes_is_said(tmp_path: Path) -> None:
+    rows = make_dataset(tmp_path / "store", ((64, 64, 64), (16, 64, 64))).rows
+    assert told_share_inside(rows, (32, 64, 64)).startswith("at most 75% of a box of 32 x 64 x 64 voxels")
+    assert "coarser" not in told_share_inside(rows, (32, 64, 64))
+    assert told_share_inside(rows, (128, 64, 64)).endswith("a smaller plan.box")
