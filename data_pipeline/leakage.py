@@ -33,7 +33,7 @@ from data_pipeline.sources.read import read_source
 from data_pipeline.sources.source import Scan, Source
 from data_pipeline.volume_fingerprint import FRAMES, VERSION, unpack, volume_fingerprint
 from mim_scale.commit import sha256_values
-from mim_scale.errors import SourceError, StoreError
+from mim_scale.errors import DamagedError, SourceError, StoreError
 from mim_scale.store.array_store import VolumeReader
 from mim_scale.store.dataset import FINGERPRINTS, RECORD, Dataset, read_table, volume_folder
 from mim_scale.store.geometry import whole_box
@@ -130,7 +130,10 @@ def _store_side(path: Path) -> Side:
 
 @dataclass(frozen=True)
 class StoredVoxels:
-    """Of a store, also of one that is being built and has no manifest yet."""
+    """Of a store, also of one that is being built and has no manifest yet.
+
+    A damaged volume is a DamagedError: what cannot be laid over must not pass for compared.
+    """
 
     store: Path
 
@@ -139,10 +142,13 @@ class StoredVoxels:
         try:
             own = VolumeReader(folder, key, (1, 1, 1)).metadata()["attributes"]["mim_scale"]
             z, y, x = own["shape"]
-            voxels = VolumeReader(folder, key, (z, y, x)).read_box(0, whole_box((z, y, x)))
-            return Volume(voxels, tuple(own["spacing_mm"]), np.array(own["affine"]))
-        except (StoreError, KeyError, TypeError, ValueError):
-            return None
+            spacing_mm, affine = tuple(own["spacing_mm"]), np.array(own["affine"])
+        except (KeyError, TypeError, ValueError):
+            raise DamagedError(
+                f"volume {key}: its metadata is incomplete; run `mim-scale data verify {self.store}`"
+            ) from None
+        voxels = VolumeReader(folder, key, (z, y, x)).read_box(0, whole_box((z, y, x)))
+        return Volume(voxels, spacing_mm, affine)
 
 
 def _folder_side(path: Path, key: PseudonymKey | None, progress: Progress | None) -> Side:

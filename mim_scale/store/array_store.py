@@ -152,14 +152,6 @@ class VolumeReader:
             raise self._damage(level, box, ValueError("holds voxels that were never written"))
         return voxels
 
-    def open_level(self, level: int) -> None:
-        """Open a level without reading voxels.
-
-        Raises:
-            DamagedError: its metadata is missing, unreadable or not the one that FORMAT.md fixes.
-        """
-        self._array(level)
-
     def metadata(self) -> dict[str, Any]:
         """The volume's own zarr.json.
 

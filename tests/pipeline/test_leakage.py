@@ -188,15 +188,16 @@ def test_hold_outs_are_judged_by_voxels_too_and_travel_to_another_process(corpus
     assert len(HoldOut([replace(suspect, voxels=NO_VOXELS)]).matches(rows, voxels=StoredVoxels(corpus))) == 1
 
 
-def test_a_damaged_volume_of_a_store_has_no_voxels_to_show(corpus: Path, tmp_path: Path) -> None:
+def test_a_damaged_volume_of_a_store_does_not_pass_for_compared(corpus: Path, tmp_path: Path) -> None:
     key = Dataset.open(corpus).rows[0].key
     assert StoredVoxels(corpus)(key) is not None
     copy = shutil.copytree(corpus, tmp_path / "corpus")
     for chunk in (copy / "volumes" / f"{key}.zarr" / "0").rglob("*"):
         if chunk.is_file() and chunk.name != "zarr.json":
             chunk.unlink()
-    assert StoredVoxels(copy)(key) is None
-    assert StoredVoxels(copy)("none") is None
+    for name in (key, "none"):
+        with pytest.raises(DamagedError, match=f"volume {name}: "):
+            StoredVoxels(copy)(name)
 
 
 def test_the_verdict_is_clean_only_where_all_was_compared(corpus: Path, tmp_path: Path) -> None:
