@@ -108,6 +108,9 @@ def header_size(folder: Path) -> tuple[int, float]:
 def _attributes(folder: Path) -> dict[str, Any] | None:
     """The attributes of a Zarr group of either version; None where there are none."""
     for name, key in (("zarr.json", "attributes"), (".zattrs", "")):
+        if not (folder / name).is_file():
+            # Nothing, or a pipe, which would keep its reader waiting for ever.
+            continue
         try:
             values = json.loads((folder / name).read_bytes())
         except (OSError, ValueError, RecursionError):
@@ -266,6 +269,8 @@ def _own_affine(own: Any, steps: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def _array_metadata(level: Path) -> dict[str, Any]:
     for name in ("zarr.json", ".zarray"):
+        if (level / name).exists() and not (level / name).is_file():
+            raise Rejected(Reason.UNREADABLE, "the metadata of level 0 are no regular file")
         try:
             values = json.loads((level / name).read_bytes())
         except FileNotFoundError:

@@ -1,5 +1,6 @@
 """Whose a volume is holds in stores, folders and hold-outs alike: nobody is on two sides of a split."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from data_pipeline.build.run import Outcome, Silent, run_build
 from data_pipeline.leakage import load_side
 from data_pipeline.pseudonym_key import load_key
 from data_pipeline.sources.inventory import Inventory
-from mim_scale.errors import StoreError
+from mim_scale.errors import SourceError, StoreError
 from mim_scale.store.manifest import write_fingerprints
 from tests.pipeline.sources import config, phantom, write_image
 
@@ -105,3 +106,14 @@ def test_a_build_that_was_overtaken_destroys_nothing(tmp_path: Path, monkeypatch
     with pytest.raises(StoreError, match="another build has finished here"):
         _build(second, store)
     assert len(list((store / "volumes").iterdir())) == 1
+
+
+def test_a_pipe_for_a_description_or_for_metadata_keeps_nobody_waiting(tmp_path: Path) -> None:
+    root = _write(tmp_path / "in", {"x": 1}, "x.nii.gz,P1\n")
+    (root / "image.zarr").mkdir()
+    os.mkfifo(root / "image.zarr" / "zarr.json")
+    assert _build(root, tmp_path / "store").reasons == {"unreadable": 1}
+    (root / "subjects.csv").unlink()
+    os.mkfifo(root / "subjects.csv")
+    with pytest.raises(SourceError, match="is no regular file"):
+        _build(root, tmp_path / "store")

@@ -121,8 +121,12 @@ class Place:
 
     def read(self, file: Path | None = None) -> bytes:
         """The bytes of the description, or of another file that belongs to it."""
+        path = file or self.root / self.name
+        if path.exists() and not path.is_file():
+            # A pipe would keep its reader waiting for ever.
+            self.refuse("is no regular file")
         try:
-            return (file or self.root / self.name).read_bytes()
+            return path.read_bytes()
         except OSError as error:
             self.refuse(f"cannot be read ({error.strerror})")
 
