@@ -390,14 +390,3 @@ def test_a_file_that_cannot_be_opened_may_be_read_the_next_time(tmp_path: Path) 
     with pytest.raises(Rejected) as caught:
         read_series([*paths, tmp_path / "gone"])
     assert caught.value.reason == Reason.IO_ERROR
-
-
-@pytest.mark.parametrize("slope", [0, -1])
-def test_a_slice_whose_rescale_makes_no_hu_is_refused(tmp_path: Path, slope: float) -> None:
-    paths = write_series(tmp_path, Series(phantom()))
-    file = pydicom.dcmread(paths[3])
-    file.RescaleSlope = slope
-    file.save_as(paths[3])
-    with pytest.raises(Rejected) as caught:
-        read_series(sorted(paths))
-    assert caught.value.reason == Reason.HU_IMPLAUSIBLE

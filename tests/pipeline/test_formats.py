@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.canonical import canonical
+from data_pipeline.reasons import Reason, Rejected
 from data_pipeline.sources.inventory import find_sources
 from data_pipeline.sources.nifti import _scaled, header_size
 from data_pipeline.sources.read import read_source
@@ -208,3 +209,14 @@ def test_a_header_is_read_without_the_voxels(tmp_path: Path, packed: bool, monke
     assert header_size(path)[0] == voxels.size
     monkeypatch.undo()
     assert 0 < count <= 8192 < path.stat().st_size
+
+
+@pytest.mark.parametrize("slope", [0, -1])
+def test_a_slice_whose_rescale_makes_no_hu_is_refused(tmp_path: Path, slope: float) -> None:
+    paths = write_series(tmp_path, Series(phantom()))
+    file = pydicom.dcmread(paths[3])
+    file.RescaleSlope = slope
+    file.save_as(paths[3])
+    with pytest.raises(Rejected) as caught:
+        read_source(tmp_path, only_source(tmp_path))
+    assert caught.value.reason == Reason.HU_IMPLAUSIBLE
