@@ -149,7 +149,7 @@ def test_what_is_unusual_is_said(store: Path, odd: Row) -> None:
     (outlier,) = make.as_json(store)["outliers"]["volumes"]
     told = " / ".join(outlier["why"])
     assert "spacing z 9 mm, median 2.5" in told
-    assert "extent y" in told
+    assert f"extent y {odd.shape[1] * odd.spacing_mm[1]:.4g} mm, median " in told
     assert "shape" not in told
 
 
