@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import ndimage
+from scipy import ndimage, sparse
 
 from data_pipeline.reasons import Reason, Rejected
 from data_pipeline.screen import check_below_air
@@ -141,16 +141,32 @@ def _no_hu(voxels: NDArray[np.generic]) -> Rejected:
 def resample(volume: Volume, spacing_mm: Spacing3) -> Volume:
     """Trilinear, after a Gaussian where an axis gets coarser so that nothing aliases; the grid's first corner stays."""
     factors = np.array(spacing_mm) / np.array(volume.spacing_mm)
-    shape = tuple(max(1, round(size / factor)) for size, factor in zip(volume.shape, factors, strict=True))
-    values = volume.voxels.astype(np.float32)
-    sigma = np.maximum((factors - 1) / 2, 0)
-    if sigma.any():
-        values = ndimage.gaussian_filter(values, sigma, mode="nearest")
-    # The centre of new voxel j lies at (j + 1/2) * factor - 1/2 in old voxels.
+    along_z, along_y, along_x = (_axis_weights(*pair) for pair in zip(volume.shape, factors, strict=True))
+    # Plane by plane: what an axis is turned for stays in the processor's cache, and no float copy of the volume is made.
+    planes = np.empty((volume.shape[0], along_y.shape[0], along_x.shape[0]), np.float32)
+    for plane, voxels in zip(planes, volume.voxels, strict=True):
+        narrow = along_y @ voxels.astype(np.float32)
+        plane[...] = (along_x @ np.ascontiguousarray(narrow.T)).T
+    values = (along_z @ planes.reshape(len(planes), -1)).reshape(-1, *planes.shape[1:])
     offset = factors / 2 - 0.5
-    values = ndimage.affine_transform(values, factors, offset, output_shape=shape, order=1, mode="nearest")
     affine = np.array(volume.affine)
     affine[:3, 3] += volume.affine[:3, :3] @ offset[::-1]
     affine[:3, :3] *= factors[::-1]
     np.clip(np.rint(values, out=values), AIR_HU, _LARGEST_HU, out=values)
     return Volume(values.astype(np.int16), spacing_mm, affine)
+
+
+def _axis_weights(size: int, factor: float) -> sparse.csr_array:
+    """[new size, size] float32: what each new voxel of an axis takes of each old one; the edge repeats outside."""
+    new_size = max(1, round(size / factor))
+    # The centre of new voxel j lies at (j + 1/2) * factor - 1/2 in old voxels.
+    centres = np.clip((np.arange(new_size) + 0.5) * factor - 0.5, 0, size - 1)
+    low = np.minimum(np.floor(centres).astype(np.intp), max(size - 2, 0))
+    share = centres - low
+    linear = np.zeros((new_size, size))
+    rows = np.arange(new_size)
+    linear[rows, low] += 1 - share
+    linear[rows, np.minimum(low + 1, size - 1)] += share
+    if factor > 1:
+        linear = linear @ ndimage.gaussian_filter1d(np.eye(size), (factor - 1) / 2, axis=0, mode="nearest")
+    return sparse.csr_array(linear.astype(np.float32))

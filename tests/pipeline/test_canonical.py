@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 
 from data_pipeline.canonical import canonical, resample
 from data_pipeline.reasons import Rejected
@@ -80,6 +81,17 @@ def test_fine_detail_is_averaged_not_aliased() -> None:
     voxels = np.broadcast_to(stripes, (16, 16, 64)).copy()
     result = resample(Volume(voxels, (1.0, 1.0, 1.0), np.eye(4)), (1.0, 1.0, 4.0))
     assert np.abs(result.voxels[:, :, 2:-2]).max() < 50
+
+
+def test_resampling_equals_the_same_steps_on_the_whole_volume() -> None:
+    volume, spacing_mm = make_volume((12, 20, 18), spacing_mm=(2.5, 0.9, 0.8)), (1.5, 1.5, 1.5)
+    factors = np.array(spacing_mm) / volume.spacing_mm
+    smooth = ndimage.gaussian_filter(volume.voxels.astype(np.float64), np.maximum((factors - 1) / 2, 0), mode="nearest")
+    result = resample(volume, spacing_mm)
+    expected = ndimage.affine_transform(
+        smooth, factors, factors / 2 - 0.5, output_shape=result.voxels.shape, order=1, mode="nearest"
+    )
+    np.testing.assert_allclose(result.voxels, expected, atol=0.51)
 
 
 def test_own_spacing_is_not_resampled() -> None:
