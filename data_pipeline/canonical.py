@@ -142,7 +142,7 @@ def resample(volume: Volume, spacing_mm: Spacing3) -> Volume:
     """Trilinear, after a Gaussian where an axis gets coarser so that nothing aliases; the grid's first corner stays."""
     factors = np.array(spacing_mm) / np.array(volume.spacing_mm)
     along_z, along_y, along_x = (_axis_weights(*pair) for pair in zip(volume.shape, factors, strict=True))
-    # Plane by plane: what an axis is turned for stays in the processor's cache, and no float copy of the volume is made.
+    # Plane by plane: what an axis is turned for stays in the processor's cache; no float copy of the volume is made.
     planes = np.empty((volume.shape[0], along_y.shape[0], along_x.shape[0]), np.float32)
     for plane, voxels in zip(planes, volume.voxels, strict=True):
         narrow = along_y @ voxels.astype(np.float32)
