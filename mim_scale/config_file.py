@@ -126,7 +126,7 @@ def _refuse_unknown(section: type[BaseModel], values: Any, where: str, path: tup
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known here: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {'.'.join((*path, str(key)))}; {hint}")
-        inner = _section_in(known[key].annotation)
+        inner = _chosen(_sections_in(known[key].annotation), value)
         if inner is None:
             continue
         items = enumerate(value) if isinstance(value, list) else [(None, value)]
@@ -134,27 +134,48 @@ def _refuse_unknown(section: type[BaseModel], values: Any, where: str, path: tup
             _refuse_unknown(inner, item, where, (*path, key if index is None else f"{key}.{index}"))
 
 
-def _section_in(annotation: Any) -> type[BaseModel] | None:
-    """The section that a field holds, alone or in a tuple or a union."""
+def _sections_in(annotation: Any) -> list[type[BaseModel]]:
+    """The sections that a field may hold, alone or in a tuple or a union."""
     if (
         isinstance(annotation, type)
         and not isinstance(annotation, types.GenericAlias)
         and issubclass(annotation, BaseModel)
     ):
-        return annotation
-    for argument in typing.get_args(annotation):
-        inner = _section_in(argument)
-        if inner is not None:
-            return inner
+        return [annotation]
+    return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
+
+
+def _chosen(sections: list[type[BaseModel]], value: Any) -> type[BaseModel] | None:
+    """Of several sections the one that the value names; None where it names none of them."""
+    if len(sections) <= 1:
+        return sections[0] if sections else None
+    for section in sections:
+        for name in CHOOSERS & section.model_fields.keys():
+            if isinstance(value, dict) and value.get(name) in typing.get_args(section.model_fields[name].annotation):
+                return section
     return None
+
+
+CHOOSERS = {"name", "backbone"}
+"""Fields whose value says which of several sections is meant."""
 
 
 def _explain(error: ValidationError, where: str) -> str:
     first = error.errors()[0]
-    key = ".".join(str(part) for part in first["loc"])
+    key = ".".join(_path(first["loc"]))
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if first["type"] in {"union_tag_invalid", "union_tag_not_found"}:
+        chooser, given = first["ctx"]["discriminator"].strip("'"), first["ctx"].get("tag")
+        found = f"{given!r}" if given else "missing"
+        known = first["ctx"].get("expected_tags", "")
+        return f"{where}: {key}.{chooser} is {found}{f'; known: {known}' if known else ''}{more}"
     if first["type"] == "missing":
         return f"{where}: {key} is missing; it changes results, so it has no default{more}"
     if first["type"] == "value_error":
         return f"{where}: {f'{key}: ' if key else ''}{first['ctx']['error']}{more}"
     return f"{where}: {key} is {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{more}"
+
+
+def _path(location: tuple[int | str, ...]) -> list[str]:
+    """Where in the file: without the name of the chosen section, which follows the key of one that can be chosen."""
+    return [str(part) for index, part in enumerate(location) if not (index == 1 and location[0] in {"method", "model"})]

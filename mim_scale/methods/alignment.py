@@ -2,7 +2,7 @@
 
 The contrast group of a child is the cells of its own parent view, never what else is in the micro-batch, so the loss
 of a sample does not depend on its neighbours (method: section 1.4, and "Right" in 3.5).
-B parent views, K children of each, M cells of a parent view, D features.
+B child views, A parent views, M cells of a parent view, D features.
 """
 
 from typing import Literal
@@ -22,30 +22,30 @@ class Alignment(nn.Module):
         self.child = Mlp(width, width)
         self.parent = Mlp(width, width) if kind == "infonce" else None
 
-    def forward(self, children: Tensor, cells: Tensor, cell: Tensor) -> Tensor:
-        """The loss, a scalar: mean over all children.
+    def forward(self, children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor) -> Tensor:
+        """The loss of each child [B].
 
         Args:
-            children: Mean token features of the child views [B, K, D].
-            cells: Mean token features of the parents' cells [B, M, D]; no gradient goes back into them.
-            cell: The cell that each child shows [B, K].
+            children: Mean token features of the child views [B, D].
+            cells: Mean token features of the parents' cells [A, M, D]; no gradient goes back into them.
+            parent: Whose child each one is [B], 0 to A - 1.
+            cell: The cell of its parent that each child shows [B].
         """
         predicted, targets = self.child(children), cells.detach()
         if self.parent is not None:
-            return infonce(predicted, self.parent(targets), cell, self.temperature)
-        return cosine(predicted, targets, cell)
+            return infonce(predicted, self.parent(targets), parent, cell, self.temperature)
+        return cosine(predicted, targets, parent, cell)
 
 
-def infonce(children: Tensor, cells: Tensor, cell: Tensor, temperature: float) -> Tensor:
+def infonce(children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of finding the right cell by cosine over temperature; shapes as in `Alignment.forward`."""
-    similarity = _unit(children) @ _unit(cells).transpose(1, 2)
-    return F.cross_entropy((similarity / temperature).flatten(0, 1), cell.flatten())
+    similarity = (_unit(children)[:, None] @ _unit(cells)[parent].transpose(1, 2)).squeeze(1)
+    return F.cross_entropy(similarity / temperature, cell, reduction="none")
 
 
-def cosine(children: Tensor, cells: Tensor, cell: Tensor) -> Tensor:
+def cosine(children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor) -> Tensor:
     """2 - 2 cos between each child and its own cell."""
-    own = cells.gather(1, cell[:, :, None].expand(-1, -1, cells.shape[-1]))
-    return (2 - 2 * (_unit(children) * _unit(own)).sum(dim=-1)).mean()
+    return 2 - 2 * (_unit(children) * _unit(cells[parent, cell])).sum(dim=-1)
 
 
 def _unit(features: Tensor) -> Tensor:

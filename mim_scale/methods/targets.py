@@ -3,12 +3,16 @@
 B views, L tokens of a view, V visible and H hidden ones, P voxels of a token.
 """
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from mim_scale.models.patches import gather_tokens, patchify
 from mim_scale.store.geometry import Size3
 
+Error = Literal["l1", "l2"]
+"""Absolute or squared difference."""
 VARIANCE_EPS = 1e-6
 NEIGHBOURS = 6
 """Visible tokens that the trivial predictor interpolates between."""
@@ -34,12 +38,13 @@ def hidden_targets(views: Tensor, hidden: Tensor, token: Size3, normalise: bool)
     return (voxels - mean) / deviation
 
 
-def mean_squared(difference: Tensor) -> Tensor:
-    """The loss: the mean over views, hidden tokens and voxels; all views of a level hide equally many."""
-    return at_least_float32(difference).square().mean()
+def errors_of(difference: Tensor, error: Error) -> Tensor:
+    """What a loss takes the mean of, voxel by voxel."""
+    difference = at_least_float32(difference)
+    return difference.square() if error == "l2" else difference.abs()
 
 
-def trivial_loss(views: Tensor, visible: Tensor, hidden: Tensor, token: Size3, normalise: bool) -> Tensor:
+def trivial_loss(views: Tensor, visible: Tensor, hidden: Tensor, token: Size3, normalise: bool, error: Error) -> Tensor:
     """The loss of the stronger of two predictors that see the visible voxels and have learnt nothing.
 
     Raw targets: (a) one constant a view, the mean of its visible voxels; (b) one constant a hidden token, the mean of
@@ -49,11 +54,12 @@ def trivial_loss(views: Tensor, visible: Tensor, hidden: Tensor, token: Size3, n
     """
     targets = hidden_targets(views, hidden, token, normalise)
     if normalise:
-        return mean_squared(targets)
+        return errors_of(targets, error).mean()
     means = patchify(views, token).mean(dim=-1, keepdim=True)
     shown = gather_tokens(means, visible)
-    constant = mean_squared(targets - shown.mean(dim=1, keepdim=True))
-    return torch.minimum(constant, mean_squared(targets - _from_neighbours(shown, visible, hidden, views, token)))
+    constant = errors_of(targets - shown.mean(dim=1, keepdim=True), error).mean()
+    near = errors_of(targets - _from_neighbours(shown, visible, hidden, views, token), error).mean()
+    return torch.minimum(constant, near)
 
 
 def _from_neighbours(shown: Tensor, visible: Tensor, hidden: Tensor, views: Tensor, token: Size3) -> Tensor:

@@ -20,9 +20,9 @@ def window(blocks: Tensor, window_hu: tuple[float, float]) -> Tensor:
 
 def cut_regions(blocks: Tensor, starts: Tensor, region: Size3) -> Tensor:
     """Regions [N * views, 1, *region] of blocks [N, Z, Y, X], at starts [N, views, 3] (z, y, x)."""
-    if blocks.shape[1:] == region:
-        return blocks[:, None]
     samples, views, _ = starts.shape
+    if views == 1 and blocks.shape[1:] == region:
+        return blocks[:, None]
     index: list[Tensor] = [torch.arange(samples, device=blocks.device).view(-1, 1, 1, 1, 1)]
     for axis, size in enumerate(region):
         along = starts[:, :, axis, None] + torch.arange(size, device=blocks.device)

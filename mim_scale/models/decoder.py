@@ -8,8 +8,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from mim_scale.config import ModelConfig
+from mim_scale.config import Checkpointing, DecoderConfig
 from mim_scale.models.blocks import TOKEN_EPS, TransformerBlock, initialise, run_block
+from mim_scale.models.encoder import is_recomputed
 from mim_scale.models.positions import position_table
 from mim_scale.store.geometry import Size3
 
@@ -19,15 +20,22 @@ class Decoder(nn.Module):
 
     position_table: Tensor
 
-    def __init__(self, config: ModelConfig, grid: Size3, token: Size3, recompute: bool = False) -> None:
-        """Build for `grid` tokens a view, `token` voxels a token; `recompute` trades time for memory in every block."""
+    def __init__(
+        self,
+        config: DecoderConfig,
+        encoder_width: int,
+        grid: Size3,
+        token: Size3,
+        checkpointing: Checkpointing = "none",
+    ) -> None:
+        """Build for `grid` tokens a view, `token` voxels a token."""
         super().__init__()
-        width = config.decoder.width
-        self.recompute = recompute
-        self.embed = nn.Linear(config.widths[-1], width)
+        width = config.width
+        self.checkpointing = checkpointing
+        self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.zeros(1, 1, width))
         self.blocks = nn.ModuleList(
-            TransformerBlock(width, config.decoder.heads, config.mlp_ratio) for _ in range(config.decoder.depth)
+            TransformerBlock(width, config.heads, config.mlp_ratio) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(width, eps=TOKEN_EPS)
         self.to_voxels = nn.Linear(width, token[0] * token[1] * token[2])
@@ -47,8 +55,8 @@ class Decoder(nn.Module):
         """
         groups = zip(latents, visible, hidden, strict=True)
         tokens = torch.cat([self._fill(*group) for group in groups])
-        for block in self.blocks:
-            tokens = run_block(block, tokens, recompute=self.recompute)
+        for number, block in enumerate(self.blocks):
+            tokens = run_block(block, tokens, recompute=is_recomputed(self.checkpointing, number, in_stem=False))
         return list(torch.split(self.norm(tokens), [len(latent) for latent in latents]))
 
     def _fill(self, latent: Tensor, visible: Tensor, hidden: Tensor) -> Tensor:

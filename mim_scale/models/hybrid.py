@@ -11,8 +11,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from mim_scale.config import Checkpointing, ModelConfig
-from mim_scale.errors import ConfigError
+from mim_scale.config import Checkpointing, HybridConfig
 from mim_scale.models.blocks import (
     TOKEN_EPS,
     BlockConv,
@@ -22,13 +21,14 @@ from mim_scale.models.blocks import (
     initialise,
     run_block,
 )
+from mim_scale.models.encoder import Encoder, is_recomputed
 from mim_scale.models.packed import places
 from mim_scale.models.patches import gather_tokens, patchify, split_blocks, visible_grid
 from mim_scale.models.positions import position_table
-from mim_scale.store.geometry import Size3, size3
+from mim_scale.store.geometry import Size3
 
 
-class HybridEncoder(nn.Module):
+class HybridEncoder(Encoder):
     """Views [B, 1, Z, Y, X] with values in [0, 1] -> token features [B, V, C].
 
     Features of visible tokens depend on voxels of visible tokens only. `position_table` is fixed and in no checkpoint.
@@ -36,14 +36,12 @@ class HybridEncoder(nn.Module):
 
     position_table: Tensor
 
-    def __init__(self, config: ModelConfig, view: Size3, token: Size3, checkpointing: Checkpointing = "none") -> None:
+    def __init__(self, config: HybridConfig, view: Size3, token: Size3, checkpointing: Checkpointing = "none") -> None:
         """Build for views and tokens of so many voxels; `checkpointing` names the blocks that trade time for memory."""
-        super().__init__()
-        self.view = view
-        self.token = token
-        self.grid = size3(length // size for length, size in zip(view, token, strict=True))
-        self.recompute_stem, self.recompute_blocks = checkpointing != "none", checkpointing == "all"
+        super().__init__(view, token)
+        self.checkpointing = checkpointing
         *stage_widths, width = config.widths
+        self.width = width
         self.embeds = nn.ModuleList(
             PatchEmbed(before, after) for before, after in zip((1, *stage_widths), config.widths, strict=True)
         )
@@ -64,15 +62,7 @@ class HybridEncoder(nn.Module):
         initialise(self)
 
     def forward(self, views: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Token features of the visible tokens, in the order given.
-
-        Args:
-            views: [B, 1, Z, Y, X].
-            visible: Token indices [B, V], row-major (z, y, x); None for all L tokens in row-major order.
-
-        Raises:
-            ConfigError: the views are not of the size that the encoder was built for.
-        """
+        """As every encoder's."""
         if visible is not None:
             return self.encode_groups([views], [visible])[0]
         return self.on_whole_grids(views)
@@ -95,8 +85,8 @@ class HybridEncoder(nn.Module):
             rows = embed(rows)
             if number < len(self.stages):
                 standing = places(tokens, num_views, self.grid, rows.shape[1])
-                for block in self._stage_blocks(number):
-                    rows = run_block(block, rows, None, standing, recompute=self.recompute_stem)
+                for count, block in enumerate(self._stage_blocks(number)):
+                    rows = run_block(block, rows, None, standing, recompute=self._recomputed(count, in_stem=True))
                 fused = fused + self.fusions[number](rows.flatten(1))
         embedded = self.token_embed(rows.flatten(1))
         groups = zip(_split(embedded, shapes), _split(fused, shapes), visible, strict=True)
@@ -116,14 +106,14 @@ class HybridEncoder(nn.Module):
 
     def stage_rows(self, views: Tensor, visible: Tensor | None) -> list[Tensor]:
         """Rows [B, z, y, x, widths[i]] after each convolution stage, then of the last embedding, on the token grid."""
-        self._check(views)
+        self.check(views)
         shown = None if visible is None else visible_grid(visible, self.grid, views.dtype)
         rows = views.movedim(1, -1)
         result = []
         for number, embed in enumerate(self.embeds):
             rows = embed(rows)
-            for block in self._stage_blocks(number):
-                rows = run_block(block, rows, shown, recompute=self.recompute_stem)
+            for count, block in enumerate(self._stage_blocks(number)):
+                rows = run_block(block, rows, shown, recompute=self._recomputed(count, in_stem=True))
             result.append(rows)
         return result
 
@@ -132,8 +122,8 @@ class HybridEncoder(nn.Module):
         tokens: Tensor = self.token_embed(embedded.flatten(1, 3)) + self.position_table
         if visible is not None:
             tokens = gather_tokens(tokens, visible)
-        for block in self.blocks:
-            tokens = run_block(block, tokens, recompute=self.recompute_blocks)
+        for number, block in enumerate(self.blocks):
+            tokens = run_block(block, tokens, recompute=self._recomputed(number))
         return tokens
 
     def fuse(self, stage: int, rows: Tensor, visible: Tensor | None) -> Tensor:
@@ -153,7 +143,7 @@ class HybridEncoder(nn.Module):
 
     def _packed(self, views: Tensor, visible: Tensor) -> Tensor:
         """The voxels of visible tokens [B * V, z, y, x, 1]."""
-        self._check(views)
+        self.check(views)
         return gather_tokens(patchify(views, self.token), visible).view(-1, *self.token, 1)
 
     def _packed_tokens(self, visible: Sequence[Tensor]) -> tuple[Tensor, int]:
@@ -171,20 +161,14 @@ class HybridEncoder(nn.Module):
         for count in {part.shape[1] for part in tokens}:
             alike = [index for index, part in enumerate(tokens) if part.shape[1] == count]
             together = torch.cat([tokens[index] for index in alike])
-            for block in self.blocks:
-                together = run_block(block, together, recompute=self.recompute_blocks)
+            for number, block in enumerate(self.blocks):
+                together = run_block(block, together, recompute=self._recomputed(number))
             for index, part in zip(alike, torch.split(together, [len(tokens[index]) for index in alike]), strict=True):
                 result[index] = part
         return result
 
-    def _check(self, views: Tensor) -> None:
-        if not views.is_floating_point():
-            raise ConfigError(f"views are {views.dtype}: scale HU from the window to [0, 1] first")
-        if views.ndim != 5 or tuple(views.shape[1:]) != (1, *self.view):
-            raise ConfigError(
-                f"views are {list(views.shape)}, this encoder takes [any, 1, {', '.join(map(str, self.view))}]: "
-                "resize or crop to that"
-            )
+    def _recomputed(self, number: int, in_stem: bool = False) -> bool:
+        return is_recomputed(self.checkpointing, number, in_stem)
 
     def _stage_blocks(self, number: int) -> Iterable[nn.Module]:
         if number == len(self.stages):

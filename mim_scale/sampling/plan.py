@@ -1,6 +1,6 @@
 """What is cut and what is hidden for one sample, decided before a voxel is read.
 
-A plan is a chain of levels. The first level's one view shows the whole outer box. A child view shows exactly one hidden
+A plan is a chain of levels. The first level's one view shows the whole outer box, or its views show crops of it. A child view shows exactly one hidden
 cell of its parent, so what it shows is hidden from the parent in full. Views stand in the order (parent, cell).
 """
 
@@ -16,11 +16,14 @@ from mim_scale.sampling.rng import Purpose, below, permutation, words
 from mim_scale.store.geometry import Box, Size3, size3
 
 Indices = NDArray[np.int32]
+AUGMENT_DRAWS = 12
+DRAW_LIMIT = 2**24
+"""As fine as a float32 between 0 and 1."""
 
 
 @dataclass(frozen=True)
 class LevelPlan:
-    """One level's views. V visible and H hidden tokens are the same numbers for every view of the level."""
+    """One level's views. V visible and H hidden tokens are the same numbers for every view of the sample's level."""
 
     starts: Indices
     """[views, 3] voxels (z, y, x) from the outer box's corner to the view's; its size is PlanConfig.region(level)."""
@@ -32,6 +35,8 @@ class LevelPlan:
     """[views, V] visible tokens, row-major, ascending."""
     hidden: Indices
     """[views, H] hidden tokens, row-major, ascending."""
+    draws: Indices
+    """[views, AUGMENT_DRAWS] numbers below DRAW_LIMIT that say how a view is changed; [views, 0] where it is not."""
 
 
 @dataclass(frozen=True)
@@ -53,11 +58,13 @@ def plan(seed: int, position: int, volume_shape: Size3, config: PlanConfig, held
     """
     box = Box(_outer_start(seed, position, volume_shape, config.box, held_out), config.box)
     levels: list[LevelPlan] = []
-    starts = np.zeros((1, 3), np.int32)
-    parent = cell = np.full(1, -1, np.int32)
+    starts = _view_starts(seed, position, config, held_out)
+    parent = cell = np.full(len(starts), -1, np.int32)
     for level in range(len(config.levels)):
         hidden_cells = _hidden_cells(seed, position, level, config, held_out)
-        levels.append(LevelPlan(starts, parent, cell, *_tokens(hidden_cells, config.grid, config.cells(level))))
+        tokens = _tokens(hidden_cells, config.grid, config.cells(level))
+        draws = _draws(seed, position, len(starts), config.augment, held_out)
+        levels.append(LevelPlan(starts, parent, cell, *tokens, draws))
         if level + 1 < len(config.levels):
             parent, cell = _children(seed, position, level, hidden_cells, config, held_out)
             corners = _cell_corners(config.cells(level), config.region(level + 1))
@@ -73,13 +80,39 @@ def _outer_start(seed: int, position: int, shape: Size3, box: Size3, held_out: b
     )
 
 
+def _view_starts(seed: int, position: int, config: PlanConfig, held_out: bool) -> Indices:
+    """[views, 3] corners of the first level's views in the outer box."""
+    views = config.levels[0].views
+    if config.crop is None:
+        return np.zeros((views, 3), np.int32)
+    drawn = words(seed, Purpose.VIEWS.held_out(held_out), position, views * 3).reshape(views, 3)
+    room = [size - length + 1 for size, length in zip(config.box, config.crop, strict=True)]
+    return np.array([[below(word, limit) for word, limit in zip(row, room, strict=True)] for row in drawn], np.int32)
+
+
+def _draws(seed: int, position: int, views: int, augment: bool, held_out: bool) -> Indices:
+    if not augment:
+        return np.zeros((views, 0), np.int32)
+    drawn = words(seed, Purpose.AUGMENT.held_out(held_out), position, views * AUGMENT_DRAWS)
+    return (drawn >> np.uint64(40)).astype(np.int32).reshape(views, AUGMENT_DRAWS)
+
+
+def _num_hidden_cells(seed: int, position: int, level: int, config: PlanConfig, held_out: bool) -> int:
+    fewest, most = config.num_hidden_cells(level)
+    if fewest == most:
+        return fewest
+    drawn = words(seed, Purpose.RATIO.held_out(held_out), position, 1, sub=level)
+    return fewest + below(int(drawn[0]), most - fewest + 1)
+
+
 def _hidden_cells(seed: int, position: int, level: int, config: PlanConfig, held_out: bool) -> NDArray[np.bool_]:
     """[views, cells], True where hidden: every view hides the same number of cells."""
     views, cells = config.num_views(level), math.prod(config.cells(level))
+    count = _num_hidden_cells(seed, position, level, config, held_out)
     drawn = words(seed, Purpose.MASK.held_out(held_out), position, views * cells, sub=level)
     order = permutation(drawn.reshape(views, cells))
     hidden = np.zeros((views, cells), np.bool_)
-    np.put_along_axis(hidden, order[:, cells - config.num_hidden_cells(level) :], True, axis=1)
+    np.put_along_axis(hidden, order[:, cells - count :], True, axis=1)
     return hidden
 
 
@@ -87,7 +120,7 @@ def _children(
     seed: int, position: int, level: int, hidden_cells: NDArray[np.bool_], config: PlanConfig, held_out: bool
 ) -> tuple[Indices, Indices]:
     """(parent, cell), [views of the next level] each: distinct hidden cells of every view, in (parent, cell) order."""
-    views, hidden = len(hidden_cells), config.num_hidden_cells(level)
+    views, hidden = len(hidden_cells), int(hidden_cells[0].sum())
     children = config.levels[level + 1].views
     drawn = words(seed, Purpose.CHILDREN.held_out(held_out), position, views * hidden, sub=level)
     chosen = np.sort(permutation(drawn.reshape(views, hidden))[:, :children], axis=1)

@@ -20,10 +20,16 @@ class Purpose(IntEnum):
     CROP = 2
     MASK = 3
     CHILDREN = 4
+    RATIO = 5
+    VIEWS = 6
+    AUGMENT = 7
     HELD_OUT_ORDER = 17
     HELD_OUT_CROP = 18
     HELD_OUT_MASK = 19
     HELD_OUT_CHILDREN = 20
+    HELD_OUT_RATIO = 21
+    HELD_OUT_VIEWS = 22
+    HELD_OUT_AUGMENT = 23
 
     def held_out(self, is_held_out: bool) -> "Purpose":
         """The purpose's twin for held-out samples, which share no word with training."""

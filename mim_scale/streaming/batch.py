@@ -1,6 +1,6 @@
 """Samples, and batches of them: numpy arrays that travel between threads, processes and machines.
 
-N samples of a batch, Z Y X voxels of the outer box, V visible and H hidden tokens of a view.
+N samples of a batch, Z Y X voxels of the outer box, V visible and H hidden tokens of a view; V + H is the same for all.
 """
 
 from collections.abc import Sequence
@@ -34,10 +34,12 @@ class LevelBatch:
     """[views]"""
     cell: NDArray[np.int32]
     """[N, views]"""
-    visible: NDArray[np.int32]
-    """[N, views, V]"""
-    hidden: NDArray[np.int32]
-    """[N, views, H]"""
+    tokens: NDArray[np.int32]
+    """[N, views, V + H]: the visible tokens of each view, then the hidden ones."""
+    num_visible: tuple[int, ...]
+    """V of each sample, which may differ."""
+    draws: NDArray[np.int32]
+    """[N, views, AUGMENT_DRAWS or 0]"""
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ def _collate_level(samples: Sequence[Sample], level: int) -> LevelBatch:
         starts=np.stack([plan.starts for plan in plans]),
         parent=plans[0].parent,
         cell=np.stack([plan.cell for plan in plans]),
-        visible=np.stack([plan.visible for plan in plans]),
-        hidden=np.stack([plan.hidden for plan in plans]),
+        tokens=np.stack([np.concatenate([plan.visible, plan.hidden], axis=1) for plan in plans]),
+        num_visible=tuple(plan.visible.shape[1] for plan in plans),
+        draws=np.stack([plan.draws for plan in plans]),
     )

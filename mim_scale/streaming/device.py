@@ -12,8 +12,20 @@ from mim_scale.streaming.batch import Batch
 
 
 @dataclass(frozen=True)
+class Group:
+    """Neighbouring views of a level that hide equally many tokens."""
+
+    views: slice
+    """Places among the level's views of all samples, samples outermost."""
+    visible: Tensor
+    """[B, V]"""
+    hidden: Tensor
+    """[B, H]"""
+
+
+@dataclass(frozen=True)
 class TensorLevel:
-    """LevelBatch as int64 tensors."""
+    """LevelBatch with int64 tensors."""
 
     starts: Tensor
     """[N, views, 3]"""
@@ -21,10 +33,27 @@ class TensorLevel:
     """[views]"""
     cell: Tensor
     """[N, views]"""
-    visible: Tensor
-    """[N, views, V]"""
-    hidden: Tensor
-    """[N, views, H]"""
+    tokens: Tensor
+    """[N, views, V + H]"""
+    num_visible: tuple[int, ...]
+    """[N] on the host: how many tokens are visible decides shapes, and nothing waits for the device to say it."""
+    draws: Tensor
+    """[N, views, AUGMENT_DRAWS or 0]"""
+
+    def groups(self) -> list[Group]:
+        """All views in order, neighbours that hide equally many together."""
+        found: list[Group] = []
+        samples, views, _ = self.tokens.shape
+        start = 0
+        while start < samples:
+            count = self.num_visible[start]
+            stop = start + 1
+            while stop < samples and self.num_visible[stop] == count:
+                stop += 1
+            tokens = self.tokens[start:stop].flatten(0, 1)
+            found.append(Group(slice(start * views, stop * views), tokens[:, :count], tokens[:, count:]))
+            start = stop
+        return found
 
 
 @dataclass(frozen=True)
@@ -51,8 +80,9 @@ def to_device(batch: Batch, device: torch.device | str) -> TensorBatch:
                 starts=_index(level.starts, device),
                 parent=_index(level.parent, device),
                 cell=_index(level.cell, device),
-                visible=_index(level.visible, device),
-                hidden=_index(level.hidden, device),
+                tokens=_index(level.tokens, device),
+                num_visible=level.num_visible,
+                draws=_index(level.draws, device),
             )
             for level in batch.levels
         ),

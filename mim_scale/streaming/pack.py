@@ -41,7 +41,7 @@ MEMBERS = ("plan.json", "block.blosc")
 """Of every sample, in the order in which they lie in the tar."""
 
 _OPEN_INDICES = 8
-_LEVEL = ("starts", "parent", "cell", "visible", "hidden")
+_LEVEL = ("starts", "parent", "cell", "visible", "hidden", "draws")
 
 # One thread a call: bytes must not depend on the number of cores, and streams have workers of their own.
 numcodecs.blosc.use_threads = False
@@ -61,6 +61,10 @@ def encode(sample: Sample) -> tuple[bytes, bytes]:
     return plan, bytes(_CODEC.encode(np.ascontiguousarray(sample.block, dtype="<i2")))
 
 
+def _level(values: dict[str, Any]) -> LevelPlan:
+    return LevelPlan(**{name: np.array(values[name], dtype=np.int32) for name in _LEVEL})
+
+
 def decode(plan: bytes, block: bytes) -> Sample:
     """The sample that was encoded.
 
@@ -69,9 +73,7 @@ def decode(plan: bytes, block: bytes) -> Sample:
     """
     values = json.loads(plan)
     box = Box(size3(values["box"]["start"]), size3(values["box"]["size"]))
-    levels = tuple(
-        LevelPlan(**{name: np.array(level[name], dtype=np.int32) for name in _LEVEL}) for level in values["levels"]
-    )
+    levels = tuple(_level(level) for level in values["levels"])
     voxels: NDArray[np.int16] = np.empty(box.size, dtype=np.int16)
     _CODEC.decode(block, out=voxels)
     return Sample(values["position"], values["volume"], voxels, Plan(values["position"], box, levels))

@@ -6,13 +6,13 @@ on how many ranks there are, beyond what their weights differ.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
-from mim_scale.methods.mask_in_mask import LevelPreview
+from mim_scale.methods.method import Method, Preview
 from mim_scale.store.dataset import Dataset
 from mim_scale.store.manifest import Row
 from mim_scale.streaming.device import TensorBatch, to_device
@@ -21,12 +21,6 @@ from mim_scale.training.ranks import Ranks
 
 NUM_PREVIEWS = 3
 """Held-out volumes that are drawn at the end of a run."""
-
-
-class _Method(Protocol):
-    def trivial(self, batch: TensorBatch) -> dict[str, Tensor]: ...
-
-    def preview(self, batch: TensorBatch) -> list[LevelPreview]: ...
 
 
 class HeldOut:
@@ -54,7 +48,7 @@ class HeldOut:
     def measure(self, module: nn.Module) -> dict[str, float]:
         """Means over the samples: the loss, its parts, the trivial predictor's as `trivial_1`; all ranks call it."""
         if self._trivial is None:
-            trivial = cast(_Method, module).trivial
+            trivial = cast(Method, module).trivial
             self._trivial = self._mean(lambda batch: _renamed(trivial(batch)))
         module.eval()
         try:
@@ -63,15 +57,15 @@ class HeldOut:
             module.train()
         return {**losses, **self._trivial}
 
-    def previews(self, module: nn.Module) -> list[tuple[str, list[LevelPreview]]]:
+    def previews(self, module: nn.Module) -> list[tuple[str, Preview]]:
         """The first held-out sample of each of the first volumes met, as (volume key, levels); all ranks call it."""
         if not self._rows:
             return []
-        drawn: dict[str, list[LevelPreview]] = {}
+        drawn: dict[str, Preview] = {}
         with open_stream(self._config, self._dataset, self._rows, held_out=True) as stream:
             for batch in stream.batches(range(n, n + 1) for n in range(self._config.held_out.samples)):
                 if batch.keys[0] not in drawn:
-                    drawn[batch.keys[0]] = cast(_Method, module).preview(to_device(batch, self._ranks.device))
+                    drawn[batch.keys[0]] = cast(Method, module).preview(to_device(batch, self._ranks.device))
                 if len(drawn) == NUM_PREVIEWS:
                     break
         return list(drawn.items())
@@ -103,4 +97,9 @@ def _losses(module: nn.Module, batch: TensorBatch) -> dict[str, Tensor]:
 
 
 def _renamed(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace("level", "trivial"): value for name, value in values.items()}
+    return {trivial_name(part): value for part, value in values.items()}
+
+
+def trivial_name(part: str) -> str:
+    """What the trivial predictor's number for a part of the loss is called: `trivial_1` beside `level_1`."""
+    return f"trivial_{part.removeprefix('level_')}"

@@ -23,7 +23,7 @@ from mim_scale.store.manifest import Row, split_subjects
 from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_pack
 from mim_scale.training.checkpoint import check_fits
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
-from mim_scale.training.held_out import HeldOut
+from mim_scale.training.held_out import HeldOut, trivial_name
 from mim_scale.training.placement import read_placement
 from mim_scale.training.progress import Progress
 from mim_scale.training.ranks import Ranks, joined
@@ -186,10 +186,9 @@ def _measure(run: _Run, step: int) -> None:
             )
         )
     run.records.row("held_out", step, held_out=values)
-    levels = range(1, len(run.config.plan.levels) + 1)
-    shares = ", ".join(_share(values[f"level_{n}"], values[f"trivial_{n}"]) for n in levels)
+    told = [_share(loss, values[trivial_name(name)]) for name, loss in values.items() if trivial_name(name) in values]
     run.progress.say(
-        f"step {step}: held-out loss {values['loss']:.4f}; levels as shares of the trivial predictor's: {shares}"
+        f"step {step}: held-out loss {values['loss']:.4f}; as shares of the trivial predictor's: {', '.join(told)}"
     )
 
 

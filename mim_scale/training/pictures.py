@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mim_scale.commit import write_file
-from mim_scale.methods.mask_in_mask import LevelPreview
+from mim_scale.methods.method import LevelPreview
 
 COLUMNS = ("input", "what the network sees", "reconstruction", "error")
 ERROR_RANGE = 0.25

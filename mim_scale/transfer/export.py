@@ -1,6 +1,6 @@
 """Hand over the encoder: one folder with its weights and what is needed to use them, without any training state.
 
-`model.safetensors` (fp32, by parameter name of HybridEncoder) and `config.json`, published whole. Anything that reads
+`model.safetensors` (fp32, by parameter name of the encoder) and `config.json`, published whole. Anything that reads
 safetensors reads the weights; `load_encoder` builds the network and refuses weights that do not fit.
 """
 
@@ -16,10 +16,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mim_scale.commit import publish_folder, sha256_file, sha256_values, temporary_beside, write_file
-from mim_scale.config import ModelConfig, PretrainConfig, Size3
+from mim_scale.config import PretrainConfig, Section, Size3
+from mim_scale.config.models import ModelConfig
 from mim_scale.config_file import check_config, config_values
 from mim_scale.errors import CheckpointError, ConfigError
-from mim_scale.models.hybrid import HybridEncoder
+from mim_scale.models.build import build_encoder
+from mim_scale.models.encoder import Encoder
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 
 FORMAT_VERSION = 1
@@ -49,6 +51,10 @@ class ExportReport:
         )
 
 
+class _Network(Section):
+    model: ModelConfig
+
+
 def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     """Write the encoder of a checkpoint, or of a run's newest whole one, to a folder; an earlier export is replaced.
 
@@ -61,7 +67,7 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     if folder.exists() and not _may_be_replaced(folder):
         raise CheckpointError(f"{folder}: is there already and is no export, or holds more; name another folder")
     config = _config_of(checkpoint)
-    encoder = HybridEncoder(config.model, config.plan.view, config.plan.token)
+    encoder = build_encoder(config.model, config.plan.view, config.plan.token)
     weights = {
         name.removeprefix(PREFIX): tensor.contiguous()
         for name, tensor in checkpoint.load()[0].items()
@@ -82,7 +88,7 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     )
 
 
-def load_encoder(path: str | Path) -> HybridEncoder:
+def load_encoder(path: str | Path) -> Encoder:
     """The encoder of an exported folder, in evaluation mode on the CPU; prints one line that says what was loaded.
 
     It takes views [B, 1, Z, Y, X] of the size in its config.json, intensities scaled from `window_hu` to [0, 1], and
@@ -94,8 +100,8 @@ def load_encoder(path: str | Path) -> HybridEncoder:
     folder = Path(path)
     record = _read_record(folder)
     try:
-        model = check_config(ModelConfig, record["model"], f"{folder / RECORD}: model")
-        encoder = HybridEncoder(model, _size(record["view"]), _size(record["token"]))
+        held = check_config(_Network, {"model": record["model"]}, str(folder / RECORD))
+        encoder = build_encoder(held.model, _size(record["view"]), _size(record["token"]))
         digest = record["files"][WEIGHTS]
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / RECORD}: {error} is missing or not usable; export again") from None
@@ -156,11 +162,10 @@ def _record(config: PretrainConfig, checkpoint: Checkpoint, weights: dict[str, T
         "spacing_mm": checkpoint.record.get("spacing_mm"),
         "spacing": "smallest and largest of the volumes trained on; level 1 shows all of plan.box resized to view",
         "pretraining": {
-            "method": config.method,
+            "method": values["method"],
             "step": checkpoint.step,
             "dataset_fingerprint": checkpoint.record.get("fingerprint"),
             "plan": values["plan"],
-            "loss": values["loss"],
         },
         "parameters": {name: list(tensor.shape) for name, tensor in sorted(weights.items())},
         "files": {WEIGHTS: digest},
@@ -198,7 +203,7 @@ def _read_weights(folder: Path, digest: str) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def _fill(encoder: HybridEncoder, weights: dict[str, Tensor], where: Path) -> list[str]:
+def _fill(encoder: Encoder, weights: dict[str, Tensor], where: Path) -> list[str]:
     """Give the encoder its weights; returns the names that it does not have.
 
     Raises:

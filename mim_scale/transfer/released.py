@@ -6,7 +6,7 @@ have no partner.
 
 from collections.abc import Iterator
 
-from mim_scale.config import PretrainConfig
+from mim_scale.config import HybridConfig, MaskInMaskConfig, PretrainConfig
 
 CHILD_SIDE = {"1_2": "aggregate_mid", "2_3": "aggregate_down"}
 PARENT_SIDE = {"1_2": "aggregate_pred_up_feature", "2_3": "aggregate_pred_mid_feature"}
@@ -25,7 +25,8 @@ def released_names(config: PretrainConfig) -> dict[str, str]:
 
 
 def _layers(config: PretrainConfig) -> Iterator[tuple[str, str]]:
-    model, loss = config.model, config.loss
+    model, method = config.model, config.method
+    assert isinstance(model, HybridConfig) and isinstance(method, MaskInMaskConfig)
     for number in range(len(model.widths)):
         yield f"encoder.embeds.{number}.conv", f"patch_embed{number + 1}.proj"
         yield f"encoder.embeds.{number}.norm", f"patch_embed{number + 1}.norm"
@@ -43,14 +44,14 @@ def _layers(config: PretrainConfig) -> Iterator[tuple[str, str]]:
         yield from _transformer_block(f"encoder.blocks.{block}", f"blocks{len(model.widths)}.{block}")
     yield "encoder.norm", "norm"
     yield "decoder.embed", "decoder_embed"
-    for block in range(model.decoder.depth):
+    for block in range(method.decoder.depth):
         yield from _transformer_block(f"decoder.blocks.{block}", f"decoder_blocks.{block}")
     yield "decoder.norm", "decoder_norm"
     yield "decoder.to_voxels", "decoder_pred"
-    if loss.alignment == "none":
+    if method.alignment == "none":
         return
-    for pair, weight in zip(CHILD_SIDE, loss.alignment_weights, strict=False):
-        sides = [("child", CHILD_SIDE)] + ([("parent", PARENT_SIDE)] if loss.alignment == "infonce" else [])
+    for pair, weight in zip(CHILD_SIDE, method.alignment_weights, strict=False):
+        sides = [("child", CHILD_SIDE)] + ([("parent", PARENT_SIDE)] if method.alignment == "infonce" else [])
         for side, names in sides if weight else []:
             yield f"alignment.{pair}.{side}.fc1", f"{names[pair]}.fc1"
             yield f"alignment.{pair}.{side}.fc2", f"{names[pair]}.fc2"

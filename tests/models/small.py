@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mim_scale.config import ModelConfig, PretrainConfig, Size3
+from mim_scale.config import HybridConfig, PretrainConfig, Size3
 from mim_scale.config_file import check_config, config_values
 from mim_scale.sampling.plan import plan
 from mim_scale.streaming.batch import Sample, collate
@@ -14,15 +14,14 @@ from mim_scale.streaming.device import TensorBatch, to_device
 from tests.training.standin import small_config
 
 
-def model_config(*widths: int) -> ModelConfig:
-    return ModelConfig(
+def model_config(*widths: int) -> HybridConfig:
+    return HybridConfig(
         backbone="hybrid",
         widths=widths,
         blocks=(1,) * (len(widths) - 1),
         depth=1,
         heads=2,
         mlp_ratio=2,
-        decoder={"width": 24, "depth": 1, "heads": 2},
     )
 
 

@@ -89,7 +89,7 @@ def test_alignment_pairs_a_child_with_the_cell_it_was_cut_from() -> None:
                 blocks = tokens.view(cells[0], 4 // cells[0], cells[1], 4 // cells[1], cells[2], 4 // cells[2], 24)
                 candidates = method.alignment[pair].parent(blocks.mean(dim=(1, 3, 5)).view(count, 24))
                 mine = method.alignment[pair].child(features[number][sample * views + view].mean(dim=0))
-                logits = torch.nn.functional.cosine_similarity(mine[None], candidates) / config.loss.temperature
+                logits = torch.nn.functional.cosine_similarity(mine[None], candidates) / config.method.temperature
                 total += float(-logits.log_softmax(0)[child.cell[sample, view]]) / (2 * views)
         assert float(parts[f"alignment_{pair}"].detach()) == pytest.approx(total, rel=1e-5)
 

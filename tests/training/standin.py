@@ -62,7 +62,15 @@ def standin_batch(positions: range) -> Numbers:
 def small_config(store: str = "store", output: str = "run", **train: object) -> PretrainConfig:
     """A run of the real method that takes a second a step on one thread; `train` overrides its section."""
     values = {
-        "method": "mask_in_mask",
+        "method": {
+            "name": "mask_in_mask",
+            "decoder": {"width": 24, "depth": 1, "heads": 2, "mlp_ratio": 2},
+            "normalise_targets": True,
+            "level_weights": [1.0, 1.0, 1.0],
+            "alignment": "infonce",
+            "alignment_weights": [0.1, 0.1],
+            "temperature": 0.1,
+        },
         "output": output,
         "seed": 3,
         "data": {"store": store, "window_hu": [-1000, 1000], "held_out_subjects": 1, "workers": 1},
@@ -83,14 +91,6 @@ def small_config(store: str = "store", output: str = "run", **train: object) -> 
             "depth": 1,
             "heads": 2,
             "mlp_ratio": 2,
-            "decoder": {"width": 24, "depth": 1, "heads": 2},
-        },
-        "loss": {
-            "normalise_targets": True,
-            "level_weights": [1.0, 1.0, 1.0],
-            "alignment": "infonce",
-            "alignment_weights": [0.1, 0.1],
-            "temperature": 0.1,
         },
         "optimizer": {
             "learning_rate": 1e-3,

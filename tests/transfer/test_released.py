@@ -30,7 +30,7 @@ def test_names_are_one_to_one_with_equal_shapes(size: str) -> None:
 
 @pytest.mark.parametrize("alignment", ["none", "cosine"])
 def test_names_follow_what_is_built(alignment: str) -> None:
-    overrides = [f"loss.alignment={alignment}"]
+    overrides = [f"method.alignment={alignment}"]
     config = golden_config("tiny", *overrides)
     with torch.device("meta"):
         names = dict(build_method(config).named_parameters())

@@ -1,0 +1,174 @@
+"""Every setting of a run, as one frozen, typed tree.
+
+What changes results has no default: it is written in the YAML. Relations that cannot hold are refused here, once; code
+below trusts the values. Axes are (z, y, x) everywhere; a single integer means the same on every axis.
+"""
+
+from typing import Annotated, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from mim_scale.config.methods import MethodConfig
+from mim_scale.config.models import MASKS, ModelConfig, able_backbones
+from mim_scale.config.parts import (
+    Beta,
+    Checkpointing,
+    Part,
+    Positive,
+    Rate,
+    Section,
+    Spacing,
+    Strings,
+    as_tuple,
+)
+from mim_scale.config.plan import PlanConfig
+
+
+class DataConfig(Section):
+    """Where voxels come from and how they reach the ranks."""
+
+    store: str
+    window_hu: Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+    """Hounsfield units that become 0 and 1; values outside are clipped (method: [-1000, 1000])."""
+    held_out_subjects: Annotated[int, Field(ge=0)]
+    """How many subjects are kept out of training, to measure on; all volumes of a subject go together."""
+    transport: Literal["threads", "ray"] = "threads"
+    workers: Positive = 2
+    read_ahead: Positive = 4
+    """Micro-batches that may be ready or under way before they are asked for."""
+    pack: str | None = None
+    """A pack of this run's samples (`mim-scale data pack`) to read them from; the store is then not needed."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.window_hu[0] >= self.window_hu[1]:
+            raise ValueError(f"window_hu {list(self.window_hu)} is empty: its first number must be the smaller one")
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with linear warm-up and cosine decay; every rate is a function of the step."""
+
+    learning_rate: Annotated[float, Field(gt=0, le=1)]
+    learning_rate_batch: Positive
+    """The batch, in samples, that learning_rate is stated for; it scales linearly with train.batch."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    final_learning_rate: Rate
+    betas: Annotated[tuple[Beta, Beta], BeforeValidator(as_tuple)]
+    weight_decay: Rate
+    clip_norm: Annotated[float, Field(gt=0)] | None
+    """Global gradient norm above which the gradient is scaled down; null for never."""
+
+
+class TrainConfig(Section):
+    """How long, how much at once, by which engine. batch is in samples (volumes), whatever the number of ranks."""
+
+    steps: Positive
+    batch: Positive
+    micro_batch: Positive
+    """Samples that one rank holds in memory at once."""
+    precision: Literal["fp32", "bf16"]
+    engine: Literal["deepspeed", "plain"] = "deepspeed"
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    activation_checkpointing: Checkpointing = "all"
+    """Blocks that keep only their input and run again in the backward pass: none, the convolution stages' (most of the
+    memory), every second one, all, or what fits the memory. Numbers do not change."""
+    views_at_once: Positive | None = None
+    """Views whose activations are held at once; their gradient is taken before the next ones run. null: all of a
+    micro-batch. Numbers do not change."""
+    keep_freed_memory: bool = True
+    """On a CPU: memory that was freed stays with the process, which saves paging it in again and again."""
+    compile: bool = False
+    """Compile the transformer blocks; refused where the loss then differs."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.batch % self.micro_batch:
+            raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
+        if self.engine == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 at zero_stage 0 drifts from fp32 under DeepSpeed: take zero_stage 1 or more"
+            )
+        return self
+
+
+class CheckpointConfig(Section):
+    """When state is saved and how many saves are kept."""
+
+    every: Positive
+    keep: Positive
+
+
+class HeldOutConfig(Section):
+    """When the held-out loss is measured, and on how many fixed samples."""
+
+    every: Positive
+    samples: Positive
+
+
+class TrackingConfig(Section):
+    """Where metrics go besides journal.jsonl."""
+
+    mlflow: str | None
+    """A tracking URI; `auto` is a SQLite file in the run folder; null for none."""
+    experiment: str = "mim-scale"
+
+
+class PretrainConfig(Section):
+    """One pre-training run."""
+
+    method: MethodConfig
+    output: str
+    seed: Annotated[int, Field(ge=0, lt=2**63)]
+    data: DataConfig
+    plan: PlanConfig
+    model: ModelConfig
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    held_out: HeldOutConfig
+    tracking: TrackingConfig
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        self.method.check_plan(self.plan)
+        self.model.check_plan(self.plan)
+        if self.method.mask not in self.model.masks:
+            raise ValueError(
+                f"method {self.method.name} {MASKS[self.method.mask]}, which backbone {self.model.backbone} cannot do "
+                f"exactly: take {' or '.join(able_backbones(self.method.mask))}"
+            )
+        group = self.method.samples_together
+        if self.train.micro_batch % group or self.held_out.samples % group:
+            raise ValueError(
+                f"train.micro_batch {self.train.micro_batch} and held_out.samples {self.held_out.samples} must be "
+                f"multiples of method.group {group}: samples of a group are compared with each other"
+            )
+        if self.optimizer.warmup_steps >= self.train.steps:
+            raise ValueError(
+                f"optimizer.warmup_steps {self.optimizer.warmup_steps} leaves nothing of train.steps "
+                f"{self.train.steps}: lower it"
+            )
+        return self
+
+
+class BuildConfig(Section):
+    """One build of a store from source files."""
+
+    source: str
+    store: str
+    spacing: Spacing | None = None
+    """Resample to this spacing in mm, (z, y, x) or one number; null keeps each volume's own."""
+    min_slices: Positive = 16
+    """Volumes thinner than this along any axis are quarantined."""
+    executor: Literal["ray", "local"] = "ray"
+    workers: Positive | None = None
+    """Tasks at once; null takes every core."""
+    part: Part | None = None
+    """Do only part 3 of 16, written 3/16, and commit nothing; a build without it then commits the whole."""
+    key_file: str | None = None
+    """The secret behind all pseudonyms; null takes $MIM_SCALE_KEY_FILE, or the user's own, made at first use."""
+    hold_out: Strings = ()
+    """Stores, folders of images or fingerprint lists: what resembles a volume of theirs is kept out."""
+    replace: bool = False
+    """Go on also where the store would lose most of its volumes, or take in what the last build held out."""
