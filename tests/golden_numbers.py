@@ -12,7 +12,11 @@ from torch import Tensor
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import load_config
+from mim_scale.methods.build import build_method
 from mim_scale.methods.mask_in_mask import MaskInMask
+from mim_scale.methods.masked import Piece, Prediction
+from mim_scale.methods.targets import errors_of, hidden_targets
+from mim_scale.streaming.device import Group
 from mim_scale.transfer.released import released_names
 
 HERE = Path(__file__).parent / "golden"
@@ -57,10 +61,19 @@ def golden_config(size: str, *overrides: str) -> PretrainConfig:
     return load_config(PretrainConfig, CONFIGS / f"{size}.yaml", ["train.activation_checkpointing=none", *overrides])
 
 
+def golden_output(method: MaskInMask, views: Tensor, visible: Tensor, hidden: Tensor) -> tuple[Prediction, Tensor]:
+    """What the method says about views of one level, and its loss."""
+    piece = Piece(0, views, Group(slice(0, len(views)), visible, hidden))
+    prediction = method.predict([piece])[0]
+    targets = hidden_targets(views, hidden, method.config.plan.token, method.normalise_targets)
+    return prediction, errors_of(prediction.voxels - targets, "l2").mean()
+
+
 def golden_method(size: str, *overrides: str) -> MaskInMask:
     """The method with the reference weights."""
     config = golden_config(size, *overrides)
-    method = MaskInMask(config)
+    method = build_method(config)
+    assert isinstance(method, MaskInMask)
     names = released_names(config)
     weights = {ours: golden_weight(names[ours], tuple(p.shape)) for ours, p in method.named_parameters()}
     method.load_state_dict({name: torch.from_numpy(weight) for name, weight in weights.items()})

@@ -119,12 +119,12 @@ class SimClrConfig(_Method):
         """One level of two overlapping crops with nothing hidden."""
         if len(plan.levels) != 1 or plan.levels[0].views != 2 or plan.crop is None or plan.levels[0].hidden_ratio != 0:
             raise ValueError(
-                "method simclr compares two crops of a box: give plan.crop, and one level with views 2 and hidden_ratio 0"
+                "method simclr compares two crops of a box: give plan.crop, and one level with views 2, hidden_ratio 0"
             )
         if any(2 * crop < box for crop, box in zip(plan.crop, plan.box, strict=True)):
             raise ValueError(
-                f"plan.crop {list(plan.crop)} is less than half of plan.box {list(plan.box)}: two crops may show nothing "
-                "in common; take a larger crop or a smaller box"
+                f"plan.crop {list(plan.crop)} is less than half of plan.box {list(plan.box)}: two crops may show "
+                "nothing in common; take a larger crop or a smaller box"
             )
         if not plan.augment:
             raise ValueError(

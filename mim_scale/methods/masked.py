@@ -1,6 +1,7 @@
 """What all methods share that hide tokens and reconstruct them: views, losses, the trivial predictor, pictures.
 
-N samples, B views of a group that hides equally many tokens, V visible and H hidden ones, P voxels of a token, D features.
+N samples, B views of a group that hides equally many tokens, V visible and H hidden ones, P voxels of a token, D
+features.
 """
 
 from collections.abc import Callable, Sequence
@@ -160,7 +161,10 @@ class MaskedReconstruction(nn.Module):
 
 
 class Memory(dict[tuple[int, int], Tensor]):
-    """What a chunk leaves for later ones, without a gradient, by (level, first view): running one again changes nothing."""
+    """What a chunk leaves for later ones, without a gradient, by (level, first view).
+
+    Running a chunk again leaves the same at the same place.
+    """
 
     def rows(self, level: int, start: int, stop: int) -> Tensor:
         """Rows of the views from `start` to `stop` of a level."""

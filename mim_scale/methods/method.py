@@ -1,4 +1,4 @@
-"""What every method is to the training loop: losses of a batch, what one that has learnt nothing would reach, pictures."""
+"""What every method is to the training loop: losses of a batch, those of one that has learnt nothing, pictures."""
 
 from dataclasses import dataclass
 from typing import Protocol

@@ -49,7 +49,7 @@ class Encoder(nn.Module):
         return [self(*group) for group in zip(views, visible, strict=True)]
 
     def encode_filled(self, views: Tensor, hidden: Tensor, mask_token: Tensor) -> Tensor:
-        """Features of all tokens [B, L, C], `mask_token` [mask_width] standing at the input for each of hidden [B, H]."""
+        """Features of all tokens [B, L, C]; `mask_token` [mask_width] stands at the input for each of hidden [B, H]."""
         raise NotImplementedError
 
     def features(self, views: Tensor) -> list[Tensor]:

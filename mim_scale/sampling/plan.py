@@ -1,7 +1,8 @@
 """What is cut and what is hidden for one sample, decided before a voxel is read.
 
-A plan is a chain of levels. The first level's one view shows the whole outer box, or its views show crops of it. A child view shows exactly one hidden
-cell of its parent, so what it shows is hidden from the parent in full. Views stand in the order (parent, cell).
+A plan is a chain of levels. The first level's one view shows the whole outer box, or its views show crops of it. A
+child view shows exactly one hidden cell of its parent, so what it shows is hidden from the parent in full. Views stand
+in the order (parent, cell).
 """
 
 import math

@@ -26,7 +26,8 @@ def released_names(config: PretrainConfig) -> dict[str, str]:
 
 def _layers(config: PretrainConfig) -> Iterator[tuple[str, str]]:
     model, method = config.model, config.method
-    assert isinstance(model, HybridConfig) and isinstance(method, MaskInMaskConfig)
+    assert isinstance(model, HybridConfig)
+    assert isinstance(method, MaskInMaskConfig)
     for number in range(len(model.widths)):
         yield f"encoder.embeds.{number}.conv", f"patch_embed{number + 1}.proj"
         yield f"encoder.embeds.{number}.norm", f"patch_embed{number + 1}.norm"

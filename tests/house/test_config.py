@@ -35,7 +35,7 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
         ("plan.levels.1.views=5", "levels[1].views is 5, but levels[0] hides only 4 of its 8 cells"),
         ("plan.levels.0.views=2", "levels[0].views is 2"),
         ("plan.view=50", "view [50, 50, 50] is not a multiple of token [8, 8, 8]"),
-        ("plan.token=4", "plan.token [4, 4, 4] does not fit model.widths"),
+        ("plan.token=4", "plan.token [4, 4, 4] does not fit model: this hybrid makes tokens of"),
         ("train.micro_batch=4", "batch 2 is not a multiple of micro_batch 4"),
         ("model.blocks=[1]", "blocks has 1 numbers"),
         ("model.heads=5", "widths[-1] 96 is not a multiple of its heads 5"),

@@ -10,7 +10,7 @@ from mim_scale.config import HybridConfig, PretrainConfig, Size3
 from mim_scale.config_file import check_config, config_values
 from mim_scale.sampling.plan import plan
 from mim_scale.streaming.batch import Sample, collate
-from mim_scale.streaming.device import TensorBatch, to_device
+from mim_scale.streaming.device import TensorBatch, TensorLevel, to_device
 from tests.training.standin import small_config
 
 
@@ -44,10 +44,22 @@ def small_batch(config: PretrainConfig, samples: int, seed: int = 0) -> TensorBa
     return to_device(collate(drawn), "cpu")
 
 
+def one_sample(batch: TensorBatch, sample: int) -> TensorBatch:
+    """The batch of one of its samples alone."""
+    at = slice(sample, sample + 1)
+    levels = tuple(
+        TensorLevel(
+            level.starts[at], level.parent, level.cell[at], level.tokens[at], level.num_visible[at], level.draws[at]
+        )
+        for level in batch.levels
+    )
+    return TensorBatch(batch.positions[at], batch.keys[at], batch.blocks[at], levels)
+
+
 def random_masks(views: int, tokens: int, visible: int, seed: int) -> tuple[Tensor, Tensor]:
     """(visible, hidden) token indices, ascending."""
     order = torch.rand(views, tokens, generator=torch.Generator().manual_seed(seed)).argsort(dim=1)
     return order[:, :visible].sort(dim=1).values, order[:, visible:].sort(dim=1).values
 
 
-__all__ = ["changed", "model_config", "random_masks", "small_batch", "small_config"]
+__all__ = ["changed", "model_config", "one_sample", "random_masks", "small_batch", "small_config"]

@@ -42,8 +42,8 @@ def test_outer_box_is_inside_or_centred(seed, position, shape, config):
 @given(seeds, positions, shapes, plan_configs())
 def test_visible_and_hidden_partition_the_tokens(seed, position, shape, config):
     for level, planned in enumerate(plan(seed, position, shape, config).levels):
-        assert planned.visible.shape == (config.num_views(level), config.num_visible(level))
-        assert planned.hidden.shape == (config.num_views(level), config.num_hidden(level))
+        assert planned.visible.shape == (config.num_views(level), config.num_tokens - config.num_hidden(level)[0])
+        assert planned.hidden.shape == (config.num_views(level), config.num_hidden(level)[0])
         for visible, hidden in zip(planned.visible, planned.hidden, strict=True):
             assert (np.diff(visible) > 0).all()
             assert (np.diff(hidden) > 0).all()
@@ -63,7 +63,7 @@ def test_hidden_tokens_are_whole_cells(seed, position, shape, config):
             )
             share = blocks.reshape(math.prod(cells), -1).mean(axis=1)
             assert set(share.tolist()) <= {0.0, 1.0}
-            assert share.sum() == config.num_hidden_cells(level)
+            assert share.sum() == config.num_hidden_cells(level)[0]
 
 
 def shown_and_hidden(config, planned, level, view):

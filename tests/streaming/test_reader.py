@@ -33,7 +33,7 @@ def test_a_sample_is_the_slice_of_its_volume_in_air(dataset):
 
 def test_held_out_samples_are_their_own(dataset):
     batches = [SampleReader(dataset, dataset.rows, CONFIG, 3, held).batch(range(8)) for held in (False, True)]
-    assert not np.array_equal(batches[0].levels[1].hidden, batches[1].levels[1].hidden)
+    assert not np.array_equal(batches[0].levels[1].tokens, batches[1].levels[1].tokens)
     assert sorted(set(batches[1].keys)) == sorted(row.key for row in dataset.rows)
 
 
@@ -46,9 +46,12 @@ def test_a_batch_stacks_samples_in_the_order_asked(dataset):
         sample = reader.sample(position)
         np.testing.assert_array_equal(batch.blocks[place], sample.block)
         for stacked, single in zip(batch.levels, sample.plan.levels, strict=True):
-            for name in ("starts", "cell", "visible", "hidden"):
+            for name in ("starts", "cell", "draws"):
                 np.testing.assert_array_equal(getattr(stacked, name)[place], getattr(single, name))
             np.testing.assert_array_equal(stacked.parent, single.parent)
+            tokens = np.concatenate([single.visible, single.hidden], axis=1)
+            np.testing.assert_array_equal(stacked.tokens[place], tokens)
+            assert stacked.num_visible[place] == single.visible.shape[1]
 
 
 def test_a_copy_of_the_reader_gives_the_same_bits(dataset):

@@ -6,12 +6,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 import mim_scale
 from mim_scale.commit import sha256_file, sha256_values
 from mim_scale.config_file import config_values
 from mim_scale.errors import CheckpointError
-from mim_scale.methods.mask_in_mask import MaskInMask
+from mim_scale.methods.build import build_method
 from mim_scale.training.checkpoint import CheckpointFolder
 from mim_scale.transfer.export import export, load_encoder
 from tests.models.small import random_masks, small_config
@@ -32,8 +33,8 @@ def make_run(folder: Path, steps: tuple[int, ...] = (2, 4)) -> Path:
     return folder
 
 
-def trained(step: int) -> MaskInMask:
-    method = MaskInMask(small_config())
+def trained(step: int) -> nn.Module:
+    method = build_method(small_config())
     with torch.no_grad():
         for parameter in method.parameters():
             parameter.add_(0.01 * step)
@@ -85,7 +86,7 @@ def test_the_record_tells_what_a_user_needs(exported: Path) -> None:
     assert record["view"] == [16, 16, 16]
     assert record["window_hu"] == [-1000, 1000]
     assert record["spacing_mm"] == [[1.0, 0.5, 0.5], [2.0, 0.9, 0.9]]
-    assert record["pretraining"]["method"] == "mask_in_mask"
+    assert record["pretraining"]["method"]["name"] == "mask_in_mask"
     assert record["pretraining"]["step"] == 4
     assert record["pretraining"]["dataset_fingerprint"] == "ab" * 32
     tensors = load_file(exported / "model.safetensors")
