@@ -10,8 +10,40 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from mim_scale.config import TrainConfig
+from mim_scale.methods.method import Losses
+
 Run = Callable[[], dict[str, Tensor]]
 """Gives what one chunk adds to each part of the loss."""
+
+
+def losses_by_chunk(
+    runs: Sequence[Run], total: Callable[[dict[str, Tensor]], Tensor], module: nn.Module, train: TrainConfig
+) -> Losses:
+    """The losses of all chunks together, their activations not held together where gradients are wanted.
+
+    Args:
+        total: From parts to the loss; linear in them.
+        module: Holds all parameters that the loss depends on.
+    """
+    if len(runs) == 1 or not torch.is_grad_enabled():
+        parts = summed([run() for run in runs])
+        return Losses(total(parts), parts)
+    if train.engine == "deepspeed" and train.zero_stage == 3:
+        # Weights exist only while a module is called there, so gradients cannot be taken before the backward pass.
+        parts = summed(recomputed_by_chunk(runs))
+        return Losses(total(parts), parts)
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return Losses(*backward_by_chunk(runs, total, trained))
+
+
+def summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Name by name."""
+    total: dict[str, Tensor] = {}
+    for shares in parts:
+        for name, value in shares.items():
+            total[name] = total[name] + value if name in total else value
+    return total
 
 
 def backward_by_chunk(

@@ -16,6 +16,7 @@ from mim_scale.methods.targets import at_least_float32
 from mim_scale.models.blocks import initialise
 from mim_scale.models.build import build_encoder
 from mim_scale.models.decoder import Decoder
+from mim_scale.models.encoder import Encoder
 from mim_scale.models.patches import in_grid_order, pool_cells
 from mim_scale.streaming.device import TensorLevel
 
@@ -81,7 +82,7 @@ class MaskInMask(MaskedReconstruction):
         return parts
 
 
-def encode_and_decode(encoder: nn.Module, decoder: Decoder, pieces: Sequence[Piece]) -> list[Prediction]:
+def encode_and_decode(encoder: Encoder, decoder: Decoder, pieces: Sequence[Piece]) -> list[Prediction]:
     """Features of visible tokens, then of all of them, then voxels of the hidden ones, which alone the loss reads."""
     visible, hidden = [piece.group.visible for piece in pieces], [piece.group.hidden for piece in pieces]
     latents = encoder.encode_groups([piece.views for piece in pieces], visible)

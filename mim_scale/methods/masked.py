@@ -4,7 +4,7 @@ N samples, B views of a group that hides equally many tokens, V visible and H hi
 features.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
-from mim_scale.methods.chunks import backward_by_chunk, recomputed_by_chunk
+from mim_scale.methods.chunks import losses_by_chunk
 from mim_scale.methods.method import LevelPreview, Losses
 from mim_scale.methods.targets import errors_of, hidden_targets, token_statistics, trivial_loss
 from mim_scale.methods.views import make_views
@@ -83,16 +83,7 @@ class MaskedReconstruction(nn.Module):
         chunks = cut(views, levels, at_once)
         memory = Memory()
         runs = [lambda chunk=chunk: self._parts(chunk, levels, memory) for chunk in chunks]
-        weigh = self._total
-        if len(chunks) == 1 or not torch.is_grad_enabled():
-            parts = summed([run() for run in runs])
-            return Losses(weigh(parts), parts)
-        if self.config.train.engine == "deepspeed" and self.config.train.zero_stage == 3:
-            # Weights exist only while a module is called there, so gradients cannot be taken before the backward pass.
-            parts = summed(recomputed_by_chunk(runs))
-            return Losses(weigh(parts), parts)
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
-        return Losses(*backward_by_chunk(runs, weigh, trained))
+        return losses_by_chunk(runs, self._total, self, self.config.train)
 
     def _total(self, parts: dict[str, Tensor]) -> Tensor:
         weights = self.weights()
@@ -201,19 +192,7 @@ def num_views(level: TensorLevel) -> int:
     return level.tokens.shape[0] * level.tokens.shape[1]
 
 
-def summed(parts: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Name by name."""
-    total: dict[str, Tensor] = {}
-    for shares in parts:
-        for name, value in shares.items():
-            total[name] = total[name] + value if name in total else value
-    return total
-
-
 def picture(views: Tensor) -> NDArray[np.float32]:
     """Views [B, 1, Z, Y, X] on the host."""
     pictures: NDArray[np.float32] = views[:, 0].cpu().numpy()
     return pictures
-
-
-Run = Callable[[], dict[str, Tensor]]

@@ -20,7 +20,7 @@ from mim_scale.streaming.stream import open_stream
 from mim_scale.training.ranks import Ranks
 
 NUM_PREVIEWS = 3
-"""Held-out volumes that are drawn at the end of a run."""
+"""Held-out samples, or groups of them, that are drawn at the end of a run."""
 
 
 class HeldOut:
@@ -57,18 +57,30 @@ class HeldOut:
             module.train()
         return {**losses, **self._trivial}
 
-    def previews(self, module: nn.Module) -> list[tuple[str, Preview]]:
-        """The first held-out sample of each of the first volumes met, as (volume key, levels); all ranks call it."""
+    def previews(self, module: nn.Module) -> list[tuple[tuple[str, ...], Preview]]:
+        """The first held-out samples that show a volume not yet met, as (volume keys, preview); all ranks call it.
+
+        One sample each, or a whole group where the method compares samples with each other.
+        """
         if not self._rows:
             return []
-        drawn: dict[str, Preview] = {}
-        with open_stream(self._config, self._dataset, self._rows, held_out=True) as stream:
-            for batch in stream.batches(range(n, n + 1) for n in range(self._config.held_out.samples)):
-                if batch.keys[0] not in drawn:
-                    drawn[batch.keys[0]] = cast(Method, module).preview(to_device(batch, self._ranks.device))
-                if len(drawn) == NUM_PREVIEWS:
-                    break
-        return list(drawn.items())
+        together = self._config.method.samples_together
+        schedule = (range(n, n + together) for n in range(0, self._config.held_out.samples, together))
+        drawn: list[tuple[tuple[str, ...], Preview]] = []
+        met: set[str] = set()
+        module.eval()
+        try:
+            with open_stream(self._config, self._dataset, self._rows, held_out=True) as stream:
+                for batch in stream.batches(schedule):
+                    if not met.issuperset(batch.keys):
+                        met.update(batch.keys)
+                        preview = cast(Method, module).preview(to_device(batch, self._ranks.device))
+                        drawn.append((batch.keys, preview))
+                    if len(drawn) == NUM_PREVIEWS:
+                        break
+        finally:
+            module.train()
+        return drawn
 
     def _mean(self, compute: Callable[[TensorBatch], dict[str, Tensor]]) -> dict[str, float]:
         ranks = self._ranks
@@ -101,5 +113,5 @@ def _renamed(values: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trivial_name(part: str) -> str:
-    """What the trivial predictor's number for a part of the loss is called: `trivial_1` beside `level_1`."""
+    """What the trivial predictor's number for a part is called: `trivial_1` for `level_1`, `trivial_contrast` too."""
     return f"trivial_{part.removeprefix('level_')}"

@@ -1,4 +1,4 @@
-"""What people would rather look at than read: reconstructions at each level, the loss beside the trivial one."""
+"""What people would rather look at than read: reconstructions, similarities, the loss beside the trivial one."""
 
 import io
 from collections.abc import Sequence
@@ -11,11 +11,54 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
 from mim_scale.commit import write_file
-from mim_scale.methods.method import LevelPreview
+from mim_scale.methods.method import LevelPreview, Preview, SimilarityPreview
+from mim_scale.training.held_out import trivial_name
 
 COLUMNS = ("input", "what the network sees", "reconstruction", "error")
 ERROR_RANGE = 0.25
 """Largest error drawn, as a share of the intensity window."""
+
+MOST_COMPARED = 24
+"""Views drawn beside their similarities: more would be too small to see."""
+
+
+def draw_preview(preview: Preview, keys: Sequence[str], folder: Path, number: int) -> None:
+    """Write a PNG of a method's preview of samples, `reconstruction_1.png` or `similarity_1.png`.
+
+    Args:
+        keys: The volume of each sample.
+    """
+    if isinstance(preview, SimilarityPreview):
+        draw_similarity(preview, keys, folder / f"similarity_{number}.png")
+    else:
+        draw_reconstruction(preview, f"held-out volume {keys[0]}", folder / f"reconstruction_{number}.png")
+
+
+def draw_similarity(preview: SimilarityPreview, keys: Sequence[str], path: Path) -> None:
+    """Write a PNG of the cosine of every view with every other, their middle slices along two sides.
+
+    The views of a sample are neighbours, so what was learnt shows as bright blocks along the diagonal.
+    """
+    count = min(len(preview.views), MOST_COMPARED)
+    of_sample = len(preview.views) // len(keys)
+    slices = preview.views[:count, preview.views.shape[1] // 2]
+    figure = Figure(figsize=(0.55 * count + 4, 0.55 * count + 3), dpi=110, layout="constrained")
+    grid = figure.add_gridspec(count + 1, count + 2, wspace=0, hspace=0)
+    for place, image in enumerate(slices):
+        above, beside = figure.add_subplot(grid[0, place + 1]), figure.add_subplot(grid[place + 1, 0])
+        for axis in (above, beside):
+            _draw(axis, image)
+            axis.set_xticks([])
+            axis.set_yticks([])
+        if place % of_sample == 0:
+            beside.set_ylabel(keys[place // of_sample][:8], fontsize=7, rotation=0, ha="right", va="top")
+    axis = figure.add_subplot(grid[1:, 1:-1])
+    shown = axis.imshow(preview.similarity[:count, :count], cmap="viridis", vmin=-1, vmax=1, aspect="auto")
+    axis.set_xticks([])
+    axis.set_yticks([])
+    figure.colorbar(shown, cax=figure.add_subplot(grid[1:, -1]), label="cosine")
+    figure.suptitle("augmented crops of held-out volumes, and how alike their features are", fontsize=11)
+    _save(figure, path)
 
 
 def draw_reconstruction(levels: Sequence[LevelPreview], title: str, path: Path) -> None:
@@ -45,33 +88,35 @@ def draw_reconstruction(levels: Sequence[LevelPreview], title: str, path: Path) 
 
 
 def draw_loss_curve(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Write a PNG of each level's losses over the steps: training, held out, and the trivial predictor's held out."""
-    names = sorted({name for row in rows for name in row.get("parts", {}) if name.startswith("level_")})
+    """Write a PNG of each part's losses over the steps: training, held out, and the trivial predictor's held out.
+
+    Parts that have no trivial number are left out, unless none has.
+    """
+    parts = sorted({name for row in rows for name in row.get("parts", {})})
+    measured = [row for row in rows if "held_out" in row]
+    compared = [name for name in parts if any(trivial_name(name) in row["held_out"] for row in measured)]
+    names = compared or parts
     figure = Figure(figsize=(4.2 * max(1, len(names)), 3.6), dpi=110, layout="constrained")
     axes = np.atleast_1d(figure.subplots(1, max(1, len(names))))
     for axis, name in zip(axes, names, strict=False):
-        steps = [row["step"] for row in rows if name in row.get("parts", {})]
-        axis.plot(
-            steps,
-            [row["parts"][name] for row in rows if name in row.get("parts", {})],
-            color="0.75",
-            lw=0.8,
-            label="training",
-        )
-        measured = [row for row in rows if name in row.get("held_out", {})]
-        held_out_steps = [row["step"] for row in measured]
-        axis.plot(
-            held_out_steps, [row["held_out"][name] for row in measured], "o-", color="tab:blue", ms=3, label="held out"
-        )
-        trivial = [row["held_out"].get(name.replace("level", "trivial")) for row in measured]
-        axis.plot(held_out_steps, trivial, "--", color="tab:red", label="trivial predictor, held out")
+        told = [row for row in rows if name in row.get("parts", {})]
+        axis.plot(*_curve(told, "parts", name), color="0.75", lw=0.8, label="training")
+        axis.plot(*_curve(measured, "held_out", name), "o-", color="tab:blue", ms=3, label="held out")
+        trivial = _curve(measured, "held_out", trivial_name(name))
+        axis.plot(*trivial, "--", color="tab:red", label="trivial predictor, held out")
         axis.set_yscale("log")
         axis.set_title(name.replace("_", " "))
         axis.set_xlabel("step")
         axis.grid(alpha=0.3, which="both")
-    axes[0].set_ylabel("mean squared error on hidden tokens")
+    is_masked = all(name.startswith("level_") for name in names)
+    axes[0].set_ylabel("error on hidden tokens" if is_masked else "loss")
     axes[0].legend(fontsize=8)
     _save(figure, path)
+
+
+def _curve(rows: Sequence[dict[str, Any]], kind: str, name: str) -> tuple[list[int], list[float | None]]:
+    """(steps, values)."""
+    return [row["step"] for row in rows], [row[kind].get(name) for row in rows]
 
 
 def _draw(axis: Any, image: NDArray[Any]) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import config_values, digest_config
 from mim_scale.errors import CheckpointError, StoreError
-from mim_scale.methods.mask_in_mask import LevelPreview
+from mim_scale.methods.method import Preview
 from mim_scale.store.geometry import Spacing3
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
 from mim_scale.training.journal import Journal, read_journal
@@ -143,15 +143,15 @@ class Records:
                 "make room, then start the same command again"
             ) from None
 
-    def draw(self, previews: Sequence[tuple[str, list[LevelPreview]]]) -> None:
-        """Write the reconstructions of (volume key, levels) and the loss curve into `pictures/`; rank 0 only."""
+    def draw(self, previews: Sequence[tuple[Sequence[str], Preview]]) -> None:
+        """Write pictures of (volume keys, preview) and the loss curve into `pictures/`; rank 0 only."""
         if self._journal is None:
             return
-        from mim_scale.training.pictures import draw_loss_curve, draw_reconstruction
+        from mim_scale.training.pictures import draw_loss_curve, draw_preview
 
         folder = self._output / PICTURES
-        for number, (key, levels) in enumerate(previews, start=1):
-            draw_reconstruction(levels, f"held-out volume {key}", folder / f"reconstruction_{number}.png")
+        for number, (keys, preview) in enumerate(previews, start=1):
+            draw_preview(preview, keys, folder, number)
         draw_loss_curve(read_journal(self._journal.path), folder / "loss.png")
         for path in sorted(folder.glob("*.png")):
             self._tracker.image(path)
