@@ -43,7 +43,7 @@ def draw_similarity(preview: SimilarityPreview, keys: Sequence[str], path: Path)
     of_sample = len(preview.views) // len(keys)
     slices = preview.views[:count, preview.views.shape[1] // 2]
     figure = Figure(figsize=(0.55 * count + 4, 0.55 * count + 3), dpi=110, layout="constrained")
-    grid = figure.add_gridspec(count + 1, count + 2, wspace=0, hspace=0)
+    grid = figure.add_gridspec(count + 1, count + 2, width_ratios=[1.0] * (count + 1) + [0.3])
     for place, image in enumerate(slices):
         above, beside = figure.add_subplot(grid[0, place + 1]), figure.add_subplot(grid[place + 1, 0])
         for axis in (above, beside):
