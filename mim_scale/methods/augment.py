@@ -87,6 +87,7 @@ def _noise(views: Tensor, which: Tensor) -> Tensor:
 
 
 _WORD = 0xFFFFFFFF
-_GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x846CA68B
+_GOLDEN, _FIRST, _SECOND = 0x9E3779B1, 0x7FEB352D, 0x31848BAB
+"""Odd; products of the last two with a word fit 63 bits."""
 _FOUR_BYTES = (4 * (256**2 - 1) / 12) ** 0.5
 """Deviation of the sum of four bytes."""

@@ -77,7 +77,7 @@ def loss_of(method: nn.Module, batch: TensorBatch) -> float:
         return float(method(batch).total)
 
 
-GOLDEN = {"mae": 1.744306, "simmim": 1.010805, "simclr": 1.120144}
+GOLDEN = {"mae": 1.744306, "simmim": 1.010805, "simclr": 1.120058}
 """Losses of named weights on two (simclr: four) named blocks."""
 
 
