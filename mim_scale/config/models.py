@@ -79,12 +79,15 @@ class ViTConfig(_Backbone):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_heads("width", self.width, self.heads)
+        check_divides_heads("width", self.width, self.heads)
         return self
 
 
 class PrimusConfig(_Backbone):
-    """Primus of dynamic-network-architectures: a transformer with rotary positions on small tokens (2503.01835)."""
+    """Primus of dynamic-network-architectures: a transformer with rotary positions on small tokens (2503.01835).
+
+    Stock Primus-M: width 864, depth 16, heads 12, plan.token 8.
+    """
 
     masks = frozenset({"none", "dropped"})
     backbone: Literal["primus"]
@@ -94,12 +97,20 @@ class PrimusConfig(_Backbone):
 
     @model_validator(mode="after")
     def _check(self) -> Self:
-        check_heads("width", self.width, self.heads)
+        check_divides_heads("width", self.width, self.heads)
+        if self.width // self.heads % 6:
+            raise ValueError(
+                f"width {self.width} with {self.heads} heads makes heads of {self.width // self.heads}: take a "
+                "multiple of 6, which the rotary positions of three axes need"
+            )
         return self
 
 
 class ResEncConfig(_Backbone):
-    """The residual encoder of nnU-Net's U-Nets, by dynamic-network-architectures."""
+    """The residual encoder of nnU-Net's U-Nets, by dynamic-network-architectures.
+
+    Stock ResEnc-L: features 32, 64, 128, 256, 320, 320 and blocks 1, 3, 4, 6, 6, 6, so plan.token 32.
+    """
 
     masks = frozenset({"none", "dropped"})
     backbone: Literal["resenc"]
@@ -118,6 +129,15 @@ class ResEncConfig(_Backbone):
         if len(self.blocks) != len(self.features):
             raise ValueError(f"blocks has {len(self.blocks)} numbers and features {len(self.features)}: give as many")
         return self
+
+    def check_plan(self, plan: PlanConfig) -> None:
+        """Also: the last stage's norm needs more than one position."""
+        super().check_plan(plan)
+        if plan.num_tokens == 1:
+            raise ValueError(
+                f"plan.view {list(plan.view)} is a single token of {self.stride} voxels, and this resenc normalises "
+                "over a view's tokens: take a larger view, or fewer stages"
+            )
 
 
 class SwinConfig(_Backbone):
@@ -138,6 +158,12 @@ class SwinConfig(_Backbone):
         """The last stage's positions are the tokens."""
         return self.patch * 16
 
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        for stage, heads in enumerate(self.heads):
+            check_divides_heads(f"the width of stage {stage + 1},", self.width * 2**stage, heads)
+        return self
+
 
 ModelConfig = Annotated[
     HybridConfig | ViTConfig | PrimusConfig | ResEncConfig | SwinConfig, Field(discriminator="backbone")
@@ -152,11 +178,16 @@ def able_backbones(mask: Mask) -> list[str]:
 
 
 def check_heads(name: str, width: int, heads: int) -> None:
-    """Raise ValueError where a transformer of this width cannot be made."""
-    if width % heads:
-        raise ValueError(f"{name} {width} is not a multiple of its heads {heads}")
+    """Raise ValueError where a transformer of this width, with a fixed position table, cannot be made."""
+    check_divides_heads(name, width, heads)
     if width % 6:
         raise ValueError(f"{name} {width} is not a multiple of 6, which the three-axis position table needs")
+
+
+def check_divides_heads(name: str, width: int, heads: int) -> None:
+    """Raise ValueError where heads cannot share a width."""
+    if width % heads:
+        raise ValueError(f"{name} {width} is not a multiple of its heads {heads}")
 
 
 __all__ = ["MASKS", "HybridConfig", "Mask", "ModelConfig", "able_backbones", "check_divides", "check_heads"]
