@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mim_scale.models.depthwise import DepthwiseConv
-from mim_scale.models.packed import Places
+from mim_scale.models.packed import Standing
 from mim_scale.models.patches import mask_rows, split_blocks
 from mim_scale.store.geometry import Size3
 
@@ -21,7 +21,7 @@ CONV_EPS = 1e-5
 TOKEN_EPS = 1e-6
 
 
-def run_block(block: nn.Module, *inputs: Tensor | Places | None, recompute: bool) -> Tensor:
+def run_block(block: nn.Module, *inputs: Tensor | Standing | None, recompute: bool) -> Tensor:
     """Run a block; with `recompute`, keep only its inputs and run it again in the backward pass."""
     if recompute and torch.is_grad_enabled():
         # No block draws random numbers, so there is no generator state to carry.
@@ -87,18 +87,18 @@ class MaskedConvBlock(nn.Module):
         self.fc1 = PointwiseConv(channels, mlp_ratio * channels)
         self.fc2 = PointwiseConv(mlp_ratio * channels, channels)
 
-    def forward(self, rows: Tensor, visible: Tensor | None = None, places: Places | None = None) -> Tensor:
+    def forward(self, rows: Tensor, visible: Tensor | None = None, standing: Standing | None = None) -> Tensor:
         """Rows in and out: of whole grids [B, Z, Y, X, C], or of packed tokens [T, f, f, f, C].
 
         Args:
             rows: What the stage holds.
             visible: [B, gz, gy, gx], 1 or 0 for each token of whole grids; None where nothing is hidden.
-            places: Where packed tokens stand; None for whole grids.
+            standing: Where packed tokens stand; None for whole grids.
         """
         mixed = self.conv1(self.norm1(rows))
         if visible is not None:
             mixed = mask_rows(mixed, visible)
-        rows = rows + self.conv2(self.depthwise(mixed, places))
+        rows = rows + self.conv2(self.depthwise(mixed, standing))
         result: Tensor = rows + self.fc2(F.gelu(self.fc1(self.norm2(rows))))
         return result
 

@@ -22,7 +22,7 @@ from mim_scale.models.blocks import (
     run_block,
 )
 from mim_scale.models.encoder import Encoder, is_recomputed
-from mim_scale.models.packed import places
+from mim_scale.models.packed import standing
 from mim_scale.models.patches import gather_tokens, patchify, split_blocks, visible_grid
 from mim_scale.models.positions import position_table
 from mim_scale.store.geometry import Size3
@@ -84,9 +84,9 @@ class HybridEncoder(Encoder):
         for number, embed in enumerate(self.embeds):
             rows = embed(rows)
             if number < len(self.stages):
-                standing = places(tokens, num_views, self.grid, rows.shape[1])
+                where = standing(tokens, num_views, self.grid, rows.shape[1], MaskedConvBlock.KERNEL // 2)
                 for count, block in enumerate(self._stage_blocks(number)):
-                    rows = run_block(block, rows, None, standing, recompute=self._recomputed(count, in_stem=True))
+                    rows = run_block(block, rows, None, where, recompute=self._recomputed(count, in_stem=True))
                 fused = fused + self.fusions[number](rows.flatten(1))
         embedded = self.token_embed(rows.flatten(1))
         groups = zip(_split(embedded, shapes), _split(fused, shapes), visible, strict=True)

@@ -147,14 +147,15 @@ def test_all_tokens_shown_equals_nothing_hidden() -> None:
 
 def test_recomputation_changes_no_number() -> None:
     results = []
-    for checkpointing in get_args(Checkpointing):
+    policies = [policy for policy in get_args(Checkpointing) if policy != "auto"]
+    for checkpointing in policies:
         torch.manual_seed(0)
         encoder = HybridEncoder(model_config(4, 6, 12), (16, 16, 16), (8, 8, 8), checkpointing)
         views = torch.rand(2, 1, 16, 16, 16)
         output = encoder(views, random_masks(2, 8, 3, 0)[0])
         output.square().sum().backward()
         results.append([output, *(parameter.grad for parameter in encoder.parameters())])
-    assert len(results) == 3
+    assert len(results) == 4
     for plain, *recomputed in zip(*results, strict=True):
         assert plain is not None
         assert all(torch.equal(plain, other) for other in recomputed)
