@@ -12,6 +12,7 @@ from mim_scale.config_file import check_config
 from mim_scale.errors import ConfigError, exit_with
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
 from mim_scale.streaming.peek_commands import add_peek
+from mim_scale.training.estimate_commands import add_estimate
 
 _SOURCE = "a folder, a list of paths or addresses, s3://BUCKET/PREFIX, or the address of one file"
 
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
         required=True, metavar="VERB"
     )
     _add_data_verbs(data)
+
+    add_estimate(verbs)
 
     export = verbs.add_parser("export", help="write a run's encoder as safetensors + config.json")
     export.add_argument("run", type=Path, help="a run folder (its newest checkpoint is taken) or one checkpoint folder")

@@ -22,8 +22,8 @@ class Alignment(nn.Module):
         self.child = Mlp(width, width)
         self.parent = Mlp(width, width) if kind == "infonce" else None
 
-    def forward(self, children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor) -> Tensor:
-        """The loss of each child [B].
+    def forward(self, children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor, find: bool = False) -> Tensor:
+        """The loss of each child [B]; with `find`, the cell of its parent that is most alike [B].
 
         Args:
             children: Mean token features of the child views [B, D].
@@ -33,19 +33,27 @@ class Alignment(nn.Module):
         """
         predicted, targets = self.child(children), cells.detach()
         if self.parent is not None:
-            return infonce(predicted, self.parent(targets), parent, cell, self.temperature)
+            targets = self.parent(targets)
+        if find:
+            return _similarity(predicted, targets, parent).argmax(dim=-1)
+        if self.parent is not None:
+            return infonce(predicted, targets, parent, cell, self.temperature)
         return cosine(predicted, targets, parent, cell)
 
 
 def infonce(children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor, temperature: float) -> Tensor:
     """Cross-entropy of finding the right cell by cosine over temperature; shapes as in `Alignment.forward`."""
-    similarity = (_unit(children)[:, None] @ _unit(cells)[parent].transpose(1, 2)).squeeze(1)
-    return F.cross_entropy(similarity / temperature, cell, reduction="none")
+    return F.cross_entropy(_similarity(children, cells, parent) / temperature, cell, reduction="none")
 
 
 def cosine(children: Tensor, cells: Tensor, parent: Tensor, cell: Tensor) -> Tensor:
     """2 - 2 cos between each child and its own cell."""
     return 2 - 2 * (_unit(children) * _unit(cells[parent, cell])).sum(dim=-1)
+
+
+def _similarity(children: Tensor, cells: Tensor, parent: Tensor) -> Tensor:
+    """Cosine of each child with each cell of its parent [B, M]."""
+    return (_unit(children)[:, None] @ _unit(cells)[parent].transpose(1, 2)).squeeze(1)
 
 
 def _unit(features: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Method: section 6; He et al. 2111.06377, Chen et al. WACV 2023.
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
 from mim_scale.config import Checkpointing, MaeConfig, PretrainConfig
 from mim_scale.methods.mask_in_mask import encode_and_decode
@@ -28,3 +29,7 @@ class Mae(MaskedReconstruction):
     def predict(self, pieces: Sequence[Piece]) -> list[Prediction]:
         """Encode, decode and predict all pieces at once."""
         return encode_and_decode(self.encoder, self.decoder, pieces)
+
+    def voxels_of(self, features: Tensor, piece: Piece) -> Tensor:
+        """A prediction's voxels [B, H, P] from its features alone."""
+        return self.decoder.predict(features[:, piece.group.visible.shape[1] :])

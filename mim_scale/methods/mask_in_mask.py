@@ -4,7 +4,7 @@ All levels go through one encoder and one decoder side by side; what is hidden a
 plan. B views of a piece, V visible and H hidden tokens, P voxels of a token, D the decoder's width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,40 @@ class MaskInMask(MaskedReconstruction):
         """Encode, decode and predict all pieces at once: no level waits for another."""
         return encode_and_decode(self.encoder, self.decoder, pieces)
 
+    def voxels_of(self, features: Tensor, piece: Piece) -> Tensor:
+        """A prediction's voxels [B, H, P] from its features alone."""
+        return self.decoder.predict(features[:, piece.group.visible.shape[1] :])
+
     def more_losses(
         self, pieces: Sequence[Piece], predictions: Sequence[Prediction], levels: Sequence[TensorLevel], memory: Memory
     ) -> dict[str, Tensor]:
         """The alignment losses by name. A parent stands in an earlier piece than its children, or in the same chunk."""
         parts: dict[str, Tensor] = {}
+        for name, inputs, num_children in self._pairs(pieces, predictions, levels, memory):
+            # In full precision whatever the network ran in: similarities are divided by a small temperature.
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                share = self.alignment[name](*inputs).sum() / num_children
+            part = f"alignment_{name}"
+            parts[part] = parts[part] + share if part in parts else share
+        return parts
+
+    @torch.no_grad()
+    def more_watch(
+        self, pieces: Sequence[Piece], predictions: Sequence[Prediction], levels: Sequence[TensorLevel]
+    ) -> dict[str, Tensor]:
+        """`found_1_2`: share of children whose own cell is most alike of their parent's; `chance_1_2`: by guessing."""
+        found: dict[str, Tensor] = {}
+        for name, inputs, num_children in self._pairs(pieces, predictions, levels, Memory()):
+            with torch.autocast(inputs[0].device.type, enabled=False):
+                hits = self.alignment[name](*inputs, find=True) == inputs[3]
+            found[f"found_{name}"] = found.get(f"found_{name}", 0.0) + hits.sum() / num_children
+            found[f"chance_{name}"] = torch.full_like(hits[0], 1 / inputs[1].shape[1], dtype=torch.float32)
+        return found
+
+    def _pairs(
+        self, pieces: Sequence[Piece], predictions: Sequence[Prediction], levels: Sequence[TensorLevel], memory: Memory
+    ) -> Iterator[tuple[str, tuple[Tensor, Tensor, Tensor, Tensor], int]]:
+        """Children to be aligned: (the pair's name, what its `Alignment` takes, children of all samples)."""
         for piece, prediction in zip(pieces, predictions, strict=True):
             number, views = piece.level, piece.group.views
             if f"{number + 1}_{number + 2}" in self.alignment:
@@ -68,18 +97,9 @@ class MaskInMask(MaskedReconstruction):
             siblings = num_views(levels[number]) // num_views(levels[number - 1])
             first, last = views.start // siblings, (views.stop - 1) // siblings
             parent = torch.arange(views.start, views.stop, device=piece.views.device) // siblings - first
-            # In full precision whatever the network ran in: similarities are divided by a small temperature.
-            with torch.autocast(piece.views.device.type, enabled=False):
-                of_children = self.alignment[f"{number}_{number + 1}"](
-                    at_least_float32(prediction.features).mean(dim=1),
-                    memory.rows(number - 1, first, last + 1),
-                    parent,
-                    levels[number].cell.flatten()[views],
-                )
-            share = of_children.sum() / num_views(levels[number])
-            name = f"alignment_{number}_{number + 1}"
-            parts[name] = parts[name] + share if name in parts else share
-        return parts
+            children = at_least_float32(prediction.features).mean(dim=1)
+            cells, cell = memory.rows(number - 1, first, last + 1), levels[number].cell.flatten()[views]
+            yield f"{number}_{number + 1}", (children, cells, parent, cell), num_views(levels[number])
 
 
 def encode_and_decode(encoder: Encoder, decoder: Decoder, pieces: Sequence[Piece]) -> list[Prediction]:

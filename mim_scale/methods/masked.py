@@ -18,6 +18,7 @@ from mim_scale.methods.chunks import losses_by_chunk
 from mim_scale.methods.method import LevelPreview, Losses
 from mim_scale.methods.targets import errors_of, hidden_targets, token_statistics, trivial_loss
 from mim_scale.methods.views import make_views
+from mim_scale.methods.watch import constant_share, deviation, effective_rank
 from mim_scale.models.patches import gather_tokens, patchify, unpatchify, visible_grid
 from mim_scale.streaming.device import Group, TensorBatch, TensorLevel
 
@@ -56,6 +57,10 @@ class MaskedReconstruction(nn.Module):
         """The prediction for each piece, in as few calls as that allows."""
         raise NotImplementedError
 
+    def voxels_of(self, features: Tensor, piece: Piece) -> Tensor:
+        """A prediction's voxels [B, H, P] from its features alone."""
+        raise NotImplementedError
+
     def more_losses(
         self,
         pieces: Sequence[Piece],
@@ -91,7 +96,15 @@ class MaskedReconstruction(nn.Module):
 
     def _parts(self, pieces: Sequence[Piece], levels: Sequence[TensorLevel], memory: "Memory") -> dict[str, Tensor]:
         """What some pieces add to the means over the micro-batch."""
-        predictions = self.predict(pieces)
+        return self._parts_of(pieces, self.predict(pieces), levels, memory)
+
+    def _parts_of(
+        self,
+        pieces: Sequence[Piece],
+        predictions: Sequence[Prediction],
+        levels: Sequence[TensorLevel],
+        memory: "Memory",
+    ) -> dict[str, Tensor]:
         parts: dict[str, Tensor] = {}
         for piece, prediction in zip(pieces, predictions, strict=True):
             targets = hidden_targets(piece.views, piece.group.hidden, self.config.plan.token, self.normalise_targets)
@@ -119,6 +132,52 @@ class MaskedReconstruction(nn.Module):
                 loss = trivial_loss(inner, group.visible, group.hidden, plan.token, self.normalise_targets, self.error)
                 shares.append(loss * (len(inner) / len(level_views)))
             found[f"level_{number}"] = torch.stack(shares).sum()
+        return found
+
+    def watch(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """Of each level rank and deviation of features, and the share of hidden tokens that are air; `more_watch`'s.
+
+        `gradient_X` is the length of the gradient of part X of the loss, weighted, with respect to the features: which
+        part drives the network.
+        """
+        views = make_views(batch, self.config.plan, self.config.data.window_hu)
+        chunks = cut(views, batch.levels, self.config.train.views_at_once)
+        pieces = [piece for chunk in chunks for piece in chunk]
+        with torch.no_grad():
+            predictions = [found for chunk in chunks for found in self.predict(chunk)]
+        found: dict[str, Tensor] = {}
+        for number in range(len(batch.levels)):
+            of_level = [pair for pair in zip(pieces, predictions, strict=True) if pair[0].level == number]
+            features = torch.cat([prediction.features.flatten(0, 1) for _, prediction in of_level])
+            hidden = [gather_tokens(patchify(p.views, self.config.plan.token), p.group.hidden) for p, _ in of_level]
+            name = f"level_{number + 1}"
+            found[f"rank_{name}"] = effective_rank(features)
+            found[f"deviation_{name}"] = deviation(features)
+            found[f"air_{name}"] = constant_share(torch.cat([voxels.flatten(0, 1) for voxels in hidden]))
+        return found | self.more_watch(pieces, predictions, batch.levels) | self._gradients(pieces, predictions, batch)
+
+    def more_watch(
+        self, pieces: Sequence[Piece], predictions: Sequence[Prediction], levels: Sequence[TensorLevel]
+    ) -> dict[str, Tensor]:
+        """What a subclass adds to `watch`."""
+        return {}
+
+    def _gradients(
+        self, pieces: Sequence[Piece], predictions: Sequence[Prediction], batch: TensorBatch
+    ) -> dict[str, Tensor]:
+        # From the features on, so the trunk, which is nearly all of the work, runs neither forward nor back again.
+        with torch.enable_grad():
+            features = [prediction.features.detach().requires_grad_() for prediction in predictions]
+            again = [
+                Prediction(rows, self.voxels_of(rows, piece)) for rows, piece in zip(features, pieces, strict=True)
+            ]
+            parts = self._parts_of(pieces, again, batch.levels, Memory())
+            weights, found = self.weights(), {}
+            for name, part in parts.items():
+                weighted = weights.get(name, 1.0) * part
+                gradients = torch.autograd.grad(weighted, features, retain_graph=True, allow_unused=True)
+                squares = [gradient.float().square().sum() for gradient in gradients if gradient is not None]
+                found[f"gradient_{name}"] = torch.stack(squares).sum().sqrt()
         return found
 
     @torch.no_grad()

@@ -52,5 +52,8 @@ class Method(Protocol):
     def trivial(self, batch: TensorBatch) -> dict[str, Tensor]:
         """What a predictor that has learnt nothing would reach, by the names of the parts that it has a number for."""
 
+    def watch(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """Scalars that tell whether the network collapses (`methods/watch.py`); called without gradients."""
+
     def preview(self, batch: TensorBatch) -> Preview:
         """The samples as pictures."""

@@ -19,6 +19,7 @@ from mim_scale.methods.masked import picture
 from mim_scale.methods.method import Losses, SimilarityPreview
 from mim_scale.methods.targets import at_least_float32
 from mim_scale.methods.views import make_views
+from mim_scale.methods.watch import deviation, effective_rank
 from mim_scale.models.blocks import initialise
 from mim_scale.models.build import build_encoder
 from mim_scale.streaming.device import TensorBatch
@@ -86,6 +87,22 @@ class SimClr(nn.Module):
     def trivial(self, batch: TensorBatch) -> dict[str, Tensor]:
         """What features that are equal for all views reach: the logarithm of the views that one is picked from."""
         return {PART: torch.full((), math.log(2 * self.method.group - 1), device=batch.blocks.device)}
+
+    @torch.no_grad()
+    def watch(self, batch: TensorBatch) -> dict[str, Tensor]:
+        """Rank and deviation of what is compared; `found`: share of views whose sibling is most alike, and `chance`."""
+        projected = self.project(self.make_views(batch))
+        groups = F.normalize(projected, dim=-1).view(-1, 2 * self.method.group, projected.shape[1])
+        views = groups.shape[1]
+        itself = torch.eye(views, dtype=torch.bool, device=groups.device)
+        nearest = (groups @ groups.transpose(1, 2)).masked_fill(itself, -math.inf).argmax(dim=-1)
+        sibling = torch.arange(views, device=groups.device) ^ 1
+        return {
+            "rank_projection": effective_rank(projected),
+            "deviation_projection": deviation(projected),
+            "found_sibling": (nearest == sibling).float().mean(),
+            "chance_sibling": torch.full((), 1 / (views - 1), device=groups.device),
+        }
 
     @torch.no_grad()
     def preview(self, batch: TensorBatch) -> SimilarityPreview:

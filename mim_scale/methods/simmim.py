@@ -48,5 +48,10 @@ class SimMim(MaskedReconstruction):
             visible, hidden = piece.group.visible, piece.group.hidden
             encoded = self.encoder.encode_filled(piece.views, hidden, self.mask_token(piece.views))
             features = gather_tokens(encoded, torch.cat([visible, hidden], dim=1))
-            found.append(Prediction(features, self.to_voxels(features[:, visible.shape[1] :])))
+            found.append(Prediction(features, self.voxels_of(features, piece)))
         return found
+
+    def voxels_of(self, features: Tensor, piece: Piece) -> Tensor:
+        """A prediction's voxels [B, H, P] from its features alone."""
+        voxels: Tensor = self.to_voxels(features[:, piece.group.visible.shape[1] :])
+        return voxels

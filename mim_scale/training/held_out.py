@@ -19,6 +19,8 @@ from mim_scale.streaming.device import TensorBatch, to_device
 from mim_scale.streaming.stream import open_stream
 from mim_scale.training.ranks import Ranks
 
+WATCHED = 4
+"""Micro-batches that the numbers about collapse are taken of."""
 NUM_PREVIEWS = 3
 """Held-out samples, or groups of them, that are drawn at the end of a run."""
 
@@ -46,16 +48,18 @@ class HeldOut:
         return bool(self._rows) and (step % self._config.held_out.every == 0 or step == self._config.train.steps)
 
     def measure(self, module: nn.Module) -> dict[str, float]:
-        """Means over the samples: the loss, its parts, the trivial predictor's as `trivial_1`; all ranks call it."""
+        """Means over the samples: the loss, its parts, the trivial predictor's as `trivial_1`, and what
+        `Method.watch` tells, of the first few; all ranks call it."""
         if self._trivial is None:
             trivial = cast(Method, module).trivial
             self._trivial = self._mean(lambda batch: _renamed(trivial(batch)))
         module.eval()
         try:
             losses = self._mean(lambda batch: _losses(module, batch))
+            watched = self._mean(cast(Method, module).watch, self._chunks[:WATCHED])
         finally:
             module.train()
-        return {**losses, **self._trivial}
+        return {**losses, **self._trivial, **watched}
 
     def previews(self, module: nn.Module) -> list[tuple[tuple[str, ...], Preview]]:
         """The first held-out samples that show a volume not yet met, as (volume keys, preview); all ranks call it.
@@ -82,11 +86,13 @@ class HeldOut:
             module.train()
         return drawn
 
-    def _mean(self, compute: Callable[[TensorBatch], dict[str, Tensor]]) -> dict[str, float]:
-        ranks = self._ranks
+    def _mean(
+        self, compute: Callable[[TensorBatch], dict[str, Tensor]], chunks: Sequence[range] | None = None
+    ) -> dict[str, float]:
+        ranks, chunks = self._ranks, self._chunks if chunks is None else chunks
         # Equal turns on every rank, the odd one's result unused: at ZeRO stage 3 ranks must compute side by side.
-        turns = range(ranks.rank, math.ceil(len(self._chunks) / ranks.world) * ranks.world, ranks.world)
-        own = [self._chunks[turn % len(self._chunks)] for turn in turns]
+        turns = range(ranks.rank, math.ceil(len(chunks) / ranks.world) * ranks.world, ranks.world)
+        own = [chunks[turn % len(chunks)] for turn in turns]
         sums: list[dict[str, float]] = []
 
         def work() -> None:
@@ -97,10 +103,8 @@ class HeldOut:
 
         ranks.together(work)
         gathered = ranks.gather_objects(sums)
-        ordered = [gathered[index % ranks.world][index // ranks.world] for index in range(len(self._chunks))]
-        return {
-            name: math.fsum(chunk[name] for chunk in ordered) / self._config.held_out.samples for name in ordered[0]
-        }
+        ordered = [gathered[index % ranks.world][index // ranks.world] for index in range(len(chunks))]
+        return {name: math.fsum(values[name] for values in ordered) / sum(map(len, chunks)) for name in ordered[0]}
 
 
 def _losses(module: nn.Module, batch: TensorBatch) -> dict[str, Tensor]:

@@ -24,6 +24,7 @@ from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_p
 from mim_scale.training.checkpoint import check_fits
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.held_out import HeldOut, trivial_name
+from mim_scale.training.memory import resolve_checkpointing
 from mim_scale.training.placement import read_placement
 from mim_scale.training.progress import Progress
 from mim_scale.training.ranks import Ranks, joined
@@ -96,11 +97,14 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
         ranks.together(lambda: refuse_short_pack(config, dataset, needed, num_held))
         # 4. Model and engine, and the state of the newest checkpoint.
         with ExitStack() as resources:
-            module = build_method(config)
+            policy, why = resolve_checkpointing(config, ranks)
+            module = build_method(config, policy)
             progress = Progress(start.step, train.steps, train.batch, is_shown=ranks.rank == 0)
             resources.callback(progress.close)
             progress.say(_opening(config, ranks, start.step, module, len(rows), len(held_rows)))
             progress.say(told_share_inside(rows, config.plan.box))
+            if why:
+                progress.say(why)
             state = ranks.together(lambda: _load(start, module))
             engine = build_engine(module, config, ranks)
             resources.callback(engine.close)

@@ -1,0 +1,28 @@
+"""How much memory a rank may use, and the checkpointing policy that fits it."""
+
+import os
+import socket
+
+import torch
+
+from mim_scale.config import Checkpointing, PretrainConfig
+from mim_scale.methods.cost import choose_policy
+from mim_scale.training.ranks import Ranks
+
+
+def resolve_checkpointing(config: PretrainConfig, ranks: Ranks) -> tuple[Checkpointing, str]:
+    """The policy of a run, the same on all ranks, and for `auto` a line that says why."""
+    policy = config.train.activation_checkpointing
+    if policy != "auto":
+        return policy, ""
+    hosts = ranks.gather_objects(socket.gethostname())
+    room = free_bytes(ranks.device) // (1 if ranks.device.type == "cuda" else hosts.count(hosts[ranks.rank]))
+    least = int(min(ranks.gather([float(room)])[:, 0]))
+    return ranks.broadcast(choose_policy(config, least) if ranks.rank == 0 else ("none", ""))
+
+
+def free_bytes(device: torch.device) -> int:
+    """What is free on the device now."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

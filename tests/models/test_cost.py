@@ -1,0 +1,65 @@
+"""What a step is predicted to cost, against what it does cost."""
+
+import json
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from mim_scale.cli import run
+from mim_scale.methods import cost
+from mim_scale.methods.build import build_method
+from mim_scale.methods.cost import FEWEST_FIRST, choose_policy, cost_of
+from tests.golden_numbers import CONFIGS
+from tests.models.small import changed, small_batch, small_config
+
+SMALL = changed(small_config(), train={"micro_batch": 2}, model={"blocks": [2], "depth": 2})
+
+
+@pytest.mark.parametrize("policy", FEWEST_FIRST)
+def test_arithmetic_and_memory_are_those_of_a_real_step(policy) -> None:
+    predicted = cost_of(SMALL, policy)
+    method, batch = build_method(SMALL, policy), small_batch(SMALL, 2)
+    with FlopCounterMode(display=False) as counted:
+        method(batch).total.backward()
+    assert predicted.flops == counted.get_total_flops()
+    assert predicted.parameters == sum(parameter.numel() for parameter in method.parameters())
+    method.zero_grad()
+    live = cost._Live()
+    with live:
+        method(batch).total.backward()
+    assert predicted.activation_bytes == pytest.approx(live.most, rel=0.02)
+
+
+def test_policies_trade_arithmetic_for_memory() -> None:
+    costs = {policy: cost_of(SMALL, policy) for policy in FEWEST_FIRST}
+    assert costs["none"].flops < costs["second"].flops < costs["all"].flops
+    assert costs["all"].bytes < costs["stem"].bytes < costs["none"].bytes
+    chunked = cost_of(changed(SMALL, train={"views_at_once": 2}), "none")
+    assert chunked.activation_bytes < 0.6 * costs["none"].activation_bytes
+
+
+def test_auto_takes_the_first_that_fits_and_says_why() -> None:
+    needed = {policy: cost_of(SMALL, policy).bytes for policy in FEWEST_FIRST}
+    policy, why = choose_policy(SMALL, 100 * needed["none"])
+    assert policy == "none"
+    assert "none fits" in why
+    policy, why = choose_policy(SMALL, int(needed["all"] / 0.79))
+    assert policy == min(FEWEST_FIRST, key=lambda one: needed[one])
+    policy, why = choose_policy(SMALL, 1000)
+    assert policy == "all"
+    assert "lower train.views_at_once" in why
+
+
+def test_estimate_prints_a_table_and_json(capsys) -> None:
+    config = ["--config", str(CONFIGS / "demo.yaml")]
+    assert run(["estimate", *config]) == 0
+    shown = capsys.readouterr().out
+    assert "639,944 parameters" in shown
+    assert [line.split()[0] for line in shown.splitlines()[3:]] == list(FEWEST_FIRST)
+    assert run(["estimate", *config, "--json", "--measure"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    for policy in FEWEST_FIRST:
+        assert values[policy]["measured"]["flops"] == values[policy]["flops"]
+        assert values[policy]["measured"]["peak_bytes"] > 0
+    assert not torch.is_autocast_enabled("cpu")
