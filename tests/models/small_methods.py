@@ -41,11 +41,13 @@ LEVELS: dict[str, list[dict[str, Any]]] = {
 
 def plan_values(method: str, backbone: str) -> dict[str, Any]:
     """A plan that suits both."""
-    view, token = {"swin": (64, 32)}.get(backbone, (16, 4))
+    about = {"levels": LEVELS[method], "augment": method == "simclr"}
+    if backbone == "swin":
+        # Two tokens: its stages halve a grid of patches four times.
+        return {"box": [24, 24, 48], "crop": [16, 16, 32], "view": [32, 32, 64], "token": 32, **about}
     if method == "mask_in_mask":
-        return {"box": 2 * view, "view": view, "token": token, "levels": LEVELS[method]}
-    crop = {"box": 24, "crop": 16} if backbone != "swin" else {"box": 48, "crop": 32}
-    return {**crop, "view": view, "token": token, "levels": LEVELS[method], "augment": method == "simclr"}
+        return {"box": 32, "view": 16, "token": 4, **about}
+    return {"box": 24, "crop": 16, "view": 16, "token": 4, **about}
 
 
 def method_config(method: str, backbone: str = "hybrid", /, **sections: dict[str, Any]) -> PretrainConfig:

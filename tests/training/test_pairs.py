@@ -6,7 +6,6 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ import pytest
 from data_pipeline.build.run import Silent, run_build
 from data_pipeline.example_data import default_cache, fetch_examples
 from mim_scale.errors import SourceError
-from mim_scale.methods.build import build_method
 from mim_scale.training.journal import read_journal
 from mim_scale.training.stop import SIGNALS
 from tests.models.small_methods import method_config
@@ -36,12 +34,13 @@ PAIRS = (
     *[("simclr", backbone) for backbone in ("hybrid", "vit", "swin", "resenc", "primus")],
 )
 STEPS = 20
-FALLS_TO = {"mask_in_mask": 0.6, "mae": 0.6, "simmim": 0.6, "simclr": 0.95}
+FALLS_TO = {"mask_in_mask": 0.6, "mae": 0.6, "simmim": 0.6, "simclr": 0.9}
 """Share of the first five steps' mean loss that the last five must be below; contrast falls slowly."""
-SIZES: dict[str, dict[str, dict[str, Any]]] = {
-    # Enough groups of enough samples for a mean that tells learning from luck.
-    "simclr": {"method": {"group": 4, "temperature": 0.2}, "train": {"batch": 32, "micro_batch": 16}},
-}
+BATCHES = {"mask_in_mask": 4, "mae": 8, "simmim": 4, "simclr": 32}
+"""For contrast enough groups for a mean that tells learning from luck."""
+RATES = {("simmim", "swin"): 1e-2, ("simclr", "resenc"): 1e-2}
+"""Learning rates of pairs that move little at first."""
+CONTRAST = {"group": 4, "temperature": 0.2}
 
 
 @pytest.fixture(scope="module")
@@ -73,22 +72,27 @@ def _own_signals() -> Iterator[None]:
 def test_the_loss_falls_on_real_ct(
     method: str, backbone: str, store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sizes = SIZES.get(method, {})
-    train = {"batch": 8, "micro_batch": 4, **sizes.get("train", {}), "steps": STEPS, "engine": "plain"}
+    batch = 16 if (method, backbone) == ("simclr", "swin") else BATCHES[method]
     config = method_config(
         method,
         backbone,
-        method=sizes.get("method", {}),
+        method=CONTRAST if method == "simclr" else {},
         data={"store": str(store)},
-        optimizer={"learning_rate": 4e-3, "learning_rate_batch": train["batch"], "warmup_steps": 2},
-        train=train,
+        optimizer={
+            "learning_rate": RATES.get((method, backbone), 4e-3),
+            "learning_rate_batch": batch,
+            "warmup_steps": 2,
+        },
+        train={
+            "steps": STEPS,
+            "batch": batch,
+            "micro_batch": min(batch, 16),
+            "engine": "plain",
+            "activation_checkpointing": "none",
+        },
         checkpoint={"every": STEPS},
         held_out={"every": STEPS},
     )
-    try:
-        build_method(config)
-    except NotImplementedError:
-        pytest.skip("not built yet")
     path = write_config(config, tmp_path)
     monkeypatch.setattr(sys, "argv", [PRETRAIN, "--config", str(path), f"output={tmp_path / 'run'}"])
     assert runpy.run_path(PRETRAIN)["main"]() == 0
@@ -98,10 +102,9 @@ def test_the_loss_falls_on_real_ct(
     first, last = np.mean(losses[:5]), np.mean(losses[-5:])
     assert last < FALLS_TO[method] * first, losses
     if method == "simclr":
-        assert last < 0.95 * math.log(7), losses
+        assert last < 0.9 * math.log(7), losses
     before, after = (row["held_out"] for row in rows if row["kind"] == "held_out")
     assert before.keys() == after.keys() >= {"loss", "trivial_contrast" if method == "simclr" else "trivial_1"}
     picture = "similarity" if method == "simclr" else "reconstruction"
     drawn = {drawing.name for drawing in (tmp_path / "run" / "pictures").iterdir()}
     assert {f"{picture}_1.png", "loss.png"} <= drawn
-    print(method, backbone, f"{first:.4f} {last:.4f} {last / first:.2f} {before} {after}")
