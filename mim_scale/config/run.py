@@ -78,8 +78,6 @@ class TrainConfig(Section):
     micro-batch. Numbers do not change."""
     keep_freed_memory: bool = True
     """On a CPU: memory that was freed stays with the process, which saves paging it in again and again."""
-    compile: bool = False
-    """Compile the transformer blocks; refused where the loss then differs."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
