@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from mim_scale.config import Checkpointing, ModelConfig, Size3
 from mim_scale.models.build import build_encoder
 from mim_scale.models.encoder import Encoder
+from mim_scale.models.torchvision_stand_in import timm_importable
 from tests.models.small import random_masks
 
 SIZES: dict[str, tuple[dict[str, Any], Size3, Size3]] = {
@@ -130,3 +131,51 @@ def called_modules(encoder: Encoder, run: Callable[[], object]) -> set[str]:
     for handle in handles:
         handle.remove()
     return called
+
+
+def stock_primus(width: int, depth: int, heads: int, view: Any, token: Any) -> nn.Module:
+    """As nnU-Net's trainers build it, but for drop-path."""
+    with timm_importable():
+        from dynamic_network_architectures.architectures.primus import Primus
+    primus: nn.Module = Primus(1, width, token, 2, depth, heads, view, scale_attn_inner=True, init_values=0.1)
+    return primus
+
+
+def stock_resenc(features: list[int], blocks: list[int]) -> nn.Module:
+    """As nnU-Net's plans have it."""
+    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
+
+    stages = len(features)
+    network: nn.Module = ResidualEncoderUNet(
+        input_channels=1,
+        n_stages=stages,
+        features_per_stage=features,
+        conv_op=nn.Conv3d,
+        kernel_sizes=[[3, 3, 3]] * stages,
+        strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
+        n_blocks_per_stage=blocks,
+        num_classes=2,
+        n_conv_per_stage_decoder=[1] * (stages - 1),
+        conv_bias=True,
+        norm_op=nn.InstanceNorm3d,
+        norm_op_kwargs={"eps": 1e-5, "affine": True},
+        nonlin=nn.LeakyReLU,
+        nonlin_kwargs={"inplace": True},
+    )
+    return network
+
+
+def stock_swin() -> nn.Module:
+    from monai.networks.nets import SwinUNETR
+
+    section = SIZES["swin"][0]
+    network: nn.Module = SwinUNETR(
+        in_channels=1,
+        out_channels=2,
+        patch_size=section["patch"],
+        depths=section["depths"],
+        num_heads=section["heads"],
+        window_size=section["window"],
+        feature_size=section["width"],
+    )
+    return network

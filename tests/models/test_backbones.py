@@ -17,7 +17,6 @@ from mim_scale.methods.build import build_method
 from mim_scale.models.build import build_encoder
 from mim_scale.models.encoder import Encoder
 from mim_scale.models.patches import gather_tokens
-from mim_scale.models.torchvision_stand_in import timm_importable
 from tests.models.small_backbones import (
     SIZES,
     called_modules,
@@ -25,6 +24,9 @@ from tests.models.small_backbones import (
     model_section,
     resenc_by_hand,
     small_encoder,
+    stock_primus,
+    stock_resenc,
+    stock_swin,
     views_of,
     vit_by_torch,
     voxels_of,
@@ -150,54 +152,6 @@ def test_swin_is_monais() -> None:
         stock.swinViT.patch_embed.register_forward_hook(fill)
         filled = encoder.encode_filled(views, hidden, mask_token)
         torch.testing.assert_close(filled, stock.swinViT(views)[-1].flatten(2).mT)
-
-
-def stock_primus(width: int, depth: int, heads: int, view: Any, token: Any) -> nn.Module:
-    """As nnU-Net's trainers build it, but for drop-path."""
-    with timm_importable():
-        from dynamic_network_architectures.architectures.primus import Primus
-    primus: nn.Module = Primus(1, width, token, 2, depth, heads, view, scale_attn_inner=True, init_values=0.1)
-    return primus
-
-
-def stock_resenc(features: list[int], blocks: list[int]) -> nn.Module:
-    """As nnU-Net's plans have it."""
-    from dynamic_network_architectures.architectures.unet import ResidualEncoderUNet
-
-    stages = len(features)
-    network: nn.Module = ResidualEncoderUNet(
-        input_channels=1,
-        n_stages=stages,
-        features_per_stage=features,
-        conv_op=nn.Conv3d,
-        kernel_sizes=[[3, 3, 3]] * stages,
-        strides=[[1, 1, 1]] + [[2, 2, 2]] * (stages - 1),
-        n_blocks_per_stage=blocks,
-        num_classes=2,
-        n_conv_per_stage_decoder=[1] * (stages - 1),
-        conv_bias=True,
-        norm_op=nn.InstanceNorm3d,
-        norm_op_kwargs={"eps": 1e-5, "affine": True},
-        nonlin=nn.LeakyReLU,
-        nonlin_kwargs={"inplace": True},
-    )
-    return network
-
-
-def stock_swin() -> nn.Module:
-    from monai.networks.nets import SwinUNETR
-
-    section = SIZES["swin"][0]
-    network: nn.Module = SwinUNETR(
-        in_channels=1,
-        out_channels=2,
-        patch_size=section["patch"],
-        depths=section["depths"],
-        num_heads=section["heads"],
-        window_size=section["window"],
-        feature_size=section["width"],
-    )
-    return network
 
 
 def test_names_are_those_of_the_stock_networks() -> None:
