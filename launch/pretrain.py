@@ -54,8 +54,13 @@ def main() -> int:
         return error.exit_code
     # One thread a rank, set before torch is imported: numbers must not depend on how many cores a machine has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    import torch
+
+    from mim_scale.training.allocator import keep_freed_memory
     from mim_scale.training.loop import pretrain
 
+    if config.train.keep_freed_memory and not torch.cuda.is_available():
+        keep_freed_memory()
     return pretrain(config, stop)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from mim_scale import __version__
+from mim_scale.bench.commands import add_bench
 from mim_scale.config import BuildConfig
 from mim_scale.config_file import check_config
 from mim_scale.errors import ConfigError, exit_with
@@ -55,6 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_verbs(data)
 
     add_estimate(verbs)
+    add_bench(verbs)
 
     export = verbs.add_parser("export", help="write a run's encoder as safetensors + config.json")
     export.add_argument("run", type=Path, help="a run folder (its newest checkpoint is taken) or one checkpoint folder")

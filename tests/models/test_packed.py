@@ -158,7 +158,7 @@ def test_the_way_is_the_quicker_one() -> None:
 @settings(max_examples=10, deadline=None)
 @given(
     grid=grids.filter(lambda grid: math.prod(grid) > 1),
-    widths=st.sampled_from([(3, 5, 6, 12), (8, 4, 16, 24), (1, 2, 3, 12)]),
+    widths=st.sampled_from([(3, 5, 6, 12), (8, 4, 16, 24), (6, 9, 3, 12)]),
     shares=st.lists(st.floats(0, 1), min_size=1, max_size=3),
     way=st.sampled_from(["windows", "grids", "as measured"]),
     seed=st.integers(0, 99),
@@ -191,5 +191,8 @@ def test_encoder_on_packed_tokens_equals_masked_whole_grids(
     assert all(torch.equal(*pair) for pair in zip(found, repeated, strict=True))
     whole = [encoder.on_whole_grids(*group) for group in zip(views, visible, strict=True)]
     wanted = torch.autograd.grad(whole, list(encoder.parameters()), weights)
-    for ours, reference in zip([*outputs, *found], [*whole, *wanted], strict=True):
-        assert (ours - reference).norm() <= 1e-5 * reference.norm() + 1e-6
+    pairs = list(zip([*outputs, *found], [*whole, *wanted], strict=True))
+    largest = max(float(reference.detach().norm()) for _, reference in pairs)
+    for ours, reference in pairs:
+        # What cancels to nearly nothing is as exact as what it is the rest of.
+        assert (ours - reference).norm() <= 1e-5 * (reference.norm() + 0.01 * largest)
