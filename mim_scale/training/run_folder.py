@@ -29,6 +29,8 @@ MAY_CHANGE = (
     "train.engine",
     "train.zero_stage",
     "train.activation_checkpointing",
+    "train.views_at_once",
+    "train.keep_freed_memory",
     "checkpoint.",
     "held_out.every",
     "tracking.",

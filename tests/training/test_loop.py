@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import check_config, config_values
 from mim_scale.errors import ConfigError, DamagedError, DivergedError, MimScaleError, StoreError
-from mim_scale.methods.mask_in_mask import Losses, MaskInMask
+from mim_scale.methods.mask_in_mask import MaskInMask
+from mim_scale.methods.method import Losses
 from mim_scale.sampling.order import volume_at
 from mim_scale.store.dataset import Dataset, volume_folder
 from mim_scale.store.manifest import split_subjects
