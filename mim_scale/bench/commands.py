@@ -23,6 +23,7 @@ def add_bench(verbs: Any) -> None:
     step.add_argument("--set", nargs="*", default=[], metavar="key=value", help="settings to replace, in all configs")
     step.add_argument("--ratios", type=float, nargs="*", default=[0.6, 0.75], help="of the encoder (default: 0.6 0.75)")
     step.add_argument("--runs", type=int, default=5, help="(default: %(default)s)")
+    step.add_argument("--views-at-once", type=int, default=4, help="of the whole step (default: %(default)s)")
     step.add_argument("--no-step", action="store_true", help="leave the whole step out")
     step.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     step.add_argument("--ours-only", action="store_true", help="only a training step of ours, AdamW included")
@@ -38,8 +39,8 @@ def _bench_step(options: argparse.Namespace) -> int:
     from mim_scale.config_file import load_config
     from mim_scale.errors import ConfigError
 
-    if options.runs < 1 or not all(0 <= ratio < 1 for ratio in options.ratios):
-        raise ConfigError("--runs is 1 or more, --ratios are shares from 0 to below 1")
+    if min(options.runs, options.views_at_once) < 1 or not all(0 <= ratio < 1 for ratio in options.ratios):
+        raise ConfigError("--runs and --views-at-once are 1 or more, --ratios are shares from 0 to below 1")
     configs = {path: load_config(PretrainConfig, path, options.set) for path in options.config}
     import torch
 
@@ -54,7 +55,7 @@ def _on_cpu(configs: dict[Path, Any], options: argparse.Namespace) -> int:
     from mim_scale.bench.step import benchmark_config, check_comparable
     from mim_scale.training.allocator import keep_freed_memory
 
-    configs = {path: benchmark_config(config) for path, config in configs.items()}
+    configs = {path: benchmark_config(config, options.views_at_once) for path, config in configs.items()}
     if not options.ours_only:
         for config in configs.values():
             check_comparable(config)

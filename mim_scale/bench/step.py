@@ -29,7 +29,7 @@ from mim_scale.training.allocator import keep_freed_memory
 from mim_scale.training.estimate import noise_batch
 
 AT_ONCE = 4
-"""Views whose activations are held at once, on both sides: all 21 of a sample do not fit."""
+"""Views of an encoder's run; and views of a step whose activations are held at once, on both sides."""
 TOLERANCE = 1e-5
 
 Side = Callable[[], Tensor]
@@ -55,13 +55,13 @@ class Comparison:
         return statistics.median(b / a for a, b in zip(self.seconds["ours"], self.seconds[side], strict=True))
 
 
-def benchmark_config(config: PretrainConfig) -> PretrainConfig:
+def benchmark_config(config: PretrainConfig, at_once: int = AT_ONCE) -> PretrainConfig:
     """The config as it is measured: float32, nothing recomputed, views in chunks, reconstruction alone."""
     values = config_values(config)
     values["train"] |= {
         "precision": "fp32",
         "activation_checkpointing": "none",
-        "views_at_once": AT_ONCE,
+        "views_at_once": at_once,
         "micro_batch": 1,
     }
     if isinstance(config.method, MaskInMaskConfig):
@@ -125,11 +125,12 @@ def step_sides(config: PretrainConfig) -> dict[str, tuple[nn.Module, Side]]:
 
 def _stock_step(stock: nn.ModuleDict, batch: TensorBatch, method: Any) -> Tensor:
     plan, weights, total = method.config.plan, method.weights(), torch.zeros(())
+    at_once = method.config.train.views_at_once
     views = make_views(batch, plan, method.config.data.window_hu)
     for number, (level_views, level) in enumerate(zip(views, batch.levels, strict=True)):
         for group in level.groups():
             of_group = level_views[group.views]
-            chunks = zip(*(torch.split(part, AT_ONCE) for part in (of_group, group.visible, group.hidden)), strict=True)
+            chunks = zip(*(torch.split(part, at_once) for part in (of_group, group.visible, group.hidden)), strict=True)
             for inner, visible, hidden in chunks:
                 predicted = stock["decoder"](stock["encoder"](inner, visible), visible, hidden)
                 predicted = predicted.gather(1, hidden[:, :, None].expand(-1, -1, predicted.shape[-1]))
