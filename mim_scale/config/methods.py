@@ -15,7 +15,7 @@ class DecoderConfig(Section):
     width: Positive
     depth: Positive
     heads: Positive
-    mlp_ratio: Positive = 4
+    mlp_ratio: Positive
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from mim_scale.config.parts import Ints, Positive, Section, check_divides
+from mim_scale.config.parts import Ints, Positive, Section
 from mim_scale.config.plan import PlanConfig
 
 Mask = Literal["none", "dropped", "filled"]
@@ -188,6 +188,3 @@ def check_divides_heads(name: str, width: int, heads: int) -> None:
     """Raise ValueError where heads cannot share a width."""
     if width % heads:
         raise ValueError(f"{name} {width} is not a multiple of its heads {heads}")
-
-
-__all__ = ["MASKS", "HybridConfig", "Mask", "ModelConfig", "able_backbones", "check_divides", "check_heads"]

@@ -31,7 +31,7 @@ SMALL = [
     "model.blocks=[1,1,1]",
     "model.depth=1",
     "model.heads=2",
-    "method.decoder={width: 12, depth: 1, heads: 2}",
+    "method.decoder={width: 12, depth: 1, heads: 2, mlp_ratio: 4}",
 ]
 """What turns configs/base.yaml into a run of seconds."""
 
