@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from mim_scale.config import Checkpointing, MaeConfig, PretrainConfig
-from mim_scale.methods.mask_in_mask import encode_and_decode
-from mim_scale.methods.masked import MaskedReconstruction, Piece, Prediction
+from mim_scale.methods.masked import MaskedReconstruction, Piece, Prediction, encode_and_decode
 from mim_scale.models.build import build_encoder
 from mim_scale.models.decoder import Decoder
 

@@ -11,12 +11,18 @@ from torch import Tensor, nn
 
 from mim_scale.config import Checkpointing, MaskInMaskConfig, PretrainConfig
 from mim_scale.methods.alignment import Alignment
-from mim_scale.methods.masked import MaskedReconstruction, Memory, Piece, Prediction, num_views
+from mim_scale.methods.masked import (
+    MaskedReconstruction,
+    Memory,
+    Piece,
+    Prediction,
+    encode_and_decode,
+    num_views,
+)
 from mim_scale.methods.targets import at_least_float32
 from mim_scale.models.blocks import initialise
 from mim_scale.models.build import build_encoder
 from mim_scale.models.decoder import Decoder
-from mim_scale.models.encoder import Encoder
 from mim_scale.models.patches import in_grid_order, pool_cells
 from mim_scale.streaming.device import TensorLevel
 
@@ -100,18 +106,3 @@ class MaskInMask(MaskedReconstruction):
             children = at_least_float32(prediction.features).mean(dim=1)
             cells, cell = memory.rows(number - 1, first, last + 1), levels[number].cell.flatten()[views]
             yield f"{number}_{number + 1}", (children, cells, parent, cell), num_views(levels[number])
-
-
-def encode_and_decode(encoder: Encoder, decoder: Decoder, pieces: Sequence[Piece]) -> list[Prediction]:
-    """Features of visible tokens, then of all of them, then voxels of the hidden ones, which alone the loss reads."""
-    visible, hidden = [piece.group.visible for piece in pieces], [piece.group.hidden for piece in pieces]
-    latents = encoder.encode_groups([piece.views for piece in pieces], visible)
-    # By a call, not by another method: ZeRO-3 gathers what a module itself owns when it is called.
-    features = decoder(latents, visible, hidden)
-    kept = [found[:, shown.shape[1] :] for found, shown in zip(features, visible, strict=True)]
-    rows = torch.cat([part.flatten(0, 1) for part in kept])
-    voxels = torch.split(decoder.predict(rows), [masked.numel() for masked in hidden])
-    return [
-        Prediction(found, flat.view(*masked.shape, -1))
-        for found, flat, masked in zip(features, voxels, hidden, strict=True)
-    ]

@@ -19,6 +19,8 @@ from mim_scale.methods.method import LevelPreview, Losses
 from mim_scale.methods.targets import errors_of, hidden_targets, token_statistics, trivial_loss
 from mim_scale.methods.views import make_views
 from mim_scale.methods.watch import constant_share, deviation, effective_rank
+from mim_scale.models.decoder import Decoder
+from mim_scale.models.encoder import Encoder
 from mim_scale.models.patches import gather_tokens, patchify, unpatchify, visible_grid
 from mim_scale.streaming.device import Group, TensorBatch, TensorLevel
 
@@ -208,6 +210,21 @@ class MaskedReconstruction(nn.Module):
         reconstruction = unpatchify(drawn, plan.grid, plan.token)
         masked = picture(piece.views * visible_voxels)
         return picture(piece.views), masked, picture(reconstruction), picture(visible_voxels) == 0
+
+
+def encode_and_decode(encoder: Encoder, decoder: Decoder, pieces: Sequence[Piece]) -> list[Prediction]:
+    """Features of visible tokens, then of all of them, then voxels of the hidden ones, which alone the loss reads."""
+    visible, hidden = [piece.group.visible for piece in pieces], [piece.group.hidden for piece in pieces]
+    latents = encoder.encode_groups([piece.views for piece in pieces], visible)
+    # By a call, not by another method: ZeRO-3 gathers what a module itself owns when it is called.
+    features = decoder(latents, visible, hidden)
+    kept = [found[:, shown.shape[1] :] for found, shown in zip(features, visible, strict=True)]
+    rows = torch.cat([part.flatten(0, 1) for part in kept])
+    voxels = torch.split(decoder.predict(rows), [masked.numel() for masked in hidden])
+    return [
+        Prediction(found, flat.view(*masked.shape, -1))
+        for found, flat, masked in zip(features, voxels, hidden, strict=True)
+    ]
 
 
 class Memory(dict[tuple[int, int], Tensor]):

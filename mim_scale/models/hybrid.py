@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from mim_scale.config import Checkpointing, HybridConfig
+from mim_scale.models.alike import run_alike
 from mim_scale.models.blocks import (
     TOKEN_EPS,
     BlockConv,
@@ -91,7 +92,7 @@ class HybridEncoder(Encoder):
         embedded = self.token_embed(rows.flatten(1))
         groups = zip(_split(embedded, shapes), _split(fused, shapes), visible, strict=True)
         placed = [(part + self.position_table[shown], added) for part, added, shown in groups]
-        transformed = self._transform_groups([part for part, _ in placed])
+        transformed = run_alike(self._transformed, [part for part, _ in placed])
         return [self.norm(part + added) for part, (_, added) in zip(transformed, placed, strict=True)]
 
     def features(self, views: Tensor) -> list[Tensor]:
@@ -122,9 +123,7 @@ class HybridEncoder(Encoder):
         tokens: Tensor = self.token_embed(embedded.flatten(1, 3)) + self.position_table
         if visible is not None:
             tokens = gather_tokens(tokens, visible)
-        for number, block in enumerate(self.blocks):
-            tokens = run_block(block, tokens, recompute=self._recomputed(number))
-        return tokens
+        return self._transformed(tokens)
 
     def fuse(self, stage: int, rows: Tensor, visible: Tensor | None) -> Tensor:
         """What a stage's rows [B, z, y, x, C'] add to visible tokens [B, V, C]: a linear map of a token's footprint."""
@@ -155,17 +154,10 @@ class HybridEncoder(Encoder):
             views += len(group)
         return torch.cat(numbers), views
 
-    def _transform_groups(self, tokens: list[Tensor]) -> list[Tensor]:
-        """Transformer output of [B, V, C] each; those of equal V run side by side."""
-        result = list(tokens)
-        for count in {part.shape[1] for part in tokens}:
-            alike = [index for index, part in enumerate(tokens) if part.shape[1] == count]
-            together = torch.cat([tokens[index] for index in alike])
-            for number, block in enumerate(self.blocks):
-                together = run_block(block, together, recompute=self._recomputed(number))
-            for index, part in zip(alike, torch.split(together, [len(tokens[index]) for index in alike]), strict=True):
-                result[index] = part
-        return result
+    def _transformed(self, tokens: Tensor) -> Tensor:
+        for number, block in enumerate(self.blocks):
+            tokens = run_block(block, tokens, recompute=self._recomputed(number))
+        return tokens
 
     def _recomputed(self, number: int, in_stem: bool = False) -> bool:
         return is_recomputed(self.checkpointing, number, in_stem)
