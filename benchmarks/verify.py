@@ -12,8 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.codecs import example
-from mim_scale.store.array_store import write_volume
+from mim_scale.store.array_store import pyramid, write_volume
 from mim_scale.store.dataset import Dataset, commit_dataset, volume_folder
+from mim_scale.store.foreground import foreground_bits
 from mim_scale.store.manifest import HU_EDGES, Row
 from mim_scale.store.verify import verify
 from mim_scale.store.volume import Volume, content_hash, hu_histogram, volume_key, voxel_hash
@@ -68,6 +69,7 @@ def _store(path: Path, volume: Volume, subject: str) -> Row:
         hu_max=int(voxels.max()),
         hu_mean=float(voxels.mean()),
         hu_histogram=hu_histogram(voxels, HU_EDGES),
+        foreground=foreground_bits(pyramid(volume)[-1]),
         bytes_raw=voxels.nbytes,
         bytes_stored=stored,
         bytes_source=voxels.nbytes,

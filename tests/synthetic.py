@@ -9,8 +9,9 @@ import numpy as np
 
 from mim_scale.commit import sealed
 from mim_scale.config import LevelConfig, PlanConfig
-from mim_scale.store.array_store import write_volume
+from mim_scale.store.array_store import pyramid, write_volume
 from mim_scale.store.dataset import RECORD, Dataset, commit_dataset, volume_folder
+from mim_scale.store.foreground import foreground_bits
 from mim_scale.store.geometry import Size3, Spacing3
 from mim_scale.store.manifest import HU_EDGES, QuarantineRow, Row
 from mim_scale.store.volume import AIR_HU, Volume, content_hash, hu_histogram, volume_key, voxel_hash
@@ -62,6 +63,7 @@ def store_volume(path: Path, volume: Volume, subject: str = "subject-0") -> Row:
         hu_max=int(volume.voxels.max()),
         hu_mean=float(volume.voxels.mean()),
         hu_histogram=hu_histogram(volume.voxels, HU_EDGES),
+        foreground=foreground_bits(pyramid(volume)[-1]),
         bytes_raw=volume.voxels.nbytes,
         bytes_stored=bytes_stored,
         bytes_source=volume.voxels.nbytes,

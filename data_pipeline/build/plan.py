@@ -13,7 +13,7 @@ from data_pipeline.sources.source import Source
 from data_pipeline.storage.storage import absolute
 from mim_scale.config import BuildConfig
 
-PIPELINE_VERSION = 4
+PIPELINE_VERSION = 5
 """Raised whenever the same source would give other voxels, another row or reason: old results then count no more."""
 
 _BYTES_PER_VOXEL = 12

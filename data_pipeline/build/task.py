@@ -20,8 +20,9 @@ from data_pipeline.sources.source import Source
 from data_pipeline.storage.staging import staged
 from data_pipeline.volume_fingerprint import volume_fingerprint
 from mim_scale.errors import StorageError, StoreError
-from mim_scale.store.array_store import write_volume
+from mim_scale.store.array_store import pyramid, write_volume
 from mim_scale.store.dataset import volume_folder
+from mim_scale.store.foreground import foreground_bits
 from mim_scale.store.geometry import Spacing3
 from mim_scale.store.manifest import HU_EDGES, Row
 from mim_scale.store.volume import Volume, content_hash, hu_histogram, volume_key, voxel_hash
@@ -65,7 +66,9 @@ class TaskResult:
 
     def values(self) -> dict[str, Any]:
         """As plain JSON values."""
-        row = asdict(self.row) if self.row is not None else None
+        row = None
+        if self.row is not None:
+            row = asdict(self.row) | {"foreground": base64.b64encode(self.row.foreground).decode()}
         return asdict(self) | {"row": row, "fingerprint": base64.b64encode(self.fingerprint).decode()}
 
     @classmethod
@@ -74,7 +77,8 @@ class TaskResult:
         row, rejected = values["row"], values["rejected"]
         if row is not None:
             tuples = ("shape", "spacing_mm", "affine", "hu_histogram", "flags", "repairs")
-            row = Row(**row | {name: tuple(row[name]) for name in tuples})
+            foreground = base64.b64decode(row["foreground"])
+            row = Row(**row | {name: tuple(row[name]) for name in tuples} | {"foreground": foreground})
         return cls(
             **values
             | {
@@ -172,9 +176,10 @@ def _write(task: Task, prepared: _Prepared) -> Row:
     content = content_hash(volume, same_voxels)
     key = volume_key(content)
     folder = volume_folder(Path(task.store), key)
+    levels = pyramid(volume)
     try:
         # A folder of this name may stand there already: nobody vouches for its bytes, so it is replaced.
-        stored = write_volume(folder, volume)
+        stored = write_volume(folder, volume, levels)
     except OSError as error:
         raise StoreError(f"{task.store}: cannot be written ({error.strerror or error}); make room, run again") from None
     voxels = volume.voxels
@@ -195,6 +200,7 @@ def _write(task: Task, prepared: _Prepared) -> Row:
         hu_max=int(voxels.max()),
         hu_mean=float(voxels.sum(dtype=np.int64)) / voxels.size,
         hu_histogram=hu_histogram(voxels, HU_EDGES),
+        foreground=foreground_bits(levels[-1]),
         bytes_raw=voxels.nbytes,
         bytes_stored=stored,
         bytes_source=task.source.num_bytes,

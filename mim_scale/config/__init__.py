@@ -17,7 +17,7 @@ from mim_scale.config.models import (
     ViTConfig,
 )
 from mim_scale.config.parts import Checkpointing, Section, Size3
-from mim_scale.config.plan import LevelConfig, PlanConfig
+from mim_scale.config.plan import ForegroundConfig, LevelConfig, PlanConfig
 from mim_scale.config.run import (
     BuildConfig,
     CheckpointConfig,
@@ -35,6 +35,7 @@ __all__ = [
     "Checkpointing",
     "DataConfig",
     "DecoderConfig",
+    "ForegroundConfig",
     "HeldOutConfig",
     "HybridConfig",
     "LevelConfig",

@@ -32,6 +32,19 @@ class LevelConfig(Section):
         return self.hidden_ratio if isinstance(self.hidden_ratio, tuple) else (self.hidden_ratio, self.hidden_ratio)
 
 
+class ForegroundConfig(Section):
+    """How strongly plans prefer what is not air: what the store's manifest calls foreground."""
+
+    box_share: Annotated[float, Field(ge=0.0, le=1.0)]
+    """A box, and each view of the first level that shows a crop of it, is drawn again until so much of it is
+    foreground."""
+    tries: Annotated[int, Field(ge=1, le=64)]
+    """At most so many are drawn; where none has its share, the fullest one is taken."""
+    hidden_share: Annotated[float, Field(gt=0.0, lt=1.0)]
+    """Hidden cells are taken from a view's foreground, up to this share of it, then from air; from more foreground only
+    where there is not enough air."""
+
+
 class PlanConfig(Section):
     """Which boxes are cut and which tokens are hidden: everything that is decided before a voxel is read."""
 
@@ -46,6 +59,9 @@ class PlanConfig(Section):
     """Voxels of the box that a view of the first level shows, each at a random place; null for the whole box."""
     augment: bool = False
     """Draw for every view of the first level how it is flipped, and how its intensities are changed."""
+
+    foreground: ForegroundConfig | None = None
+    """Prefer what is not air (method: section 7); null to draw boxes, masks and children anywhere."""
 
     @property
     def grid(self) -> Size3:
@@ -101,7 +117,16 @@ class PlanConfig(Section):
             raise ValueError("augment works on one level of views: nested views would no longer show what lies there")
         for level in range(len(self.levels)):
             self._check_level(level)
+            self._check_foreground(level)
         return self
+
+    def _check_foreground(self, level: int) -> None:
+        ratio = self.levels[level].ratios[1]
+        if self.foreground is not None and self.foreground.hidden_share < ratio:
+            raise ValueError(
+                f"foreground.hidden_share is {self.foreground.hidden_share}, but levels[{level}].hidden_ratio goes up "
+                f"to {ratio}, and a view without air has no other cells to hide: raise the one or lower the other"
+            )
 
     def _check_level(self, level: int) -> None:
         cells = self.cells(level)

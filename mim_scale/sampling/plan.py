@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mim_scale.config import PlanConfig
+from mim_scale.sampling.foreground import Preference, foreground_first
 from mim_scale.sampling.rng import Purpose, below, permutation, words
+from mim_scale.store.foreground import Foreground
 from mim_scale.store.geometry import Box, Size3, size3
 
 Indices = NDArray[np.int32]
@@ -50,45 +52,71 @@ class Plan:
     levels: tuple[LevelPlan, ...]
 
 
-def plan(seed: int, position: int, volume_shape: Size3, config: PlanConfig, held_out: bool = False) -> Plan:
+def plan(
+    seed: int,
+    position: int,
+    volume_shape: Size3,
+    config: PlanConfig,
+    held_out: bool = False,
+    foreground: Foreground | None = None,
+) -> Plan:
     """The plan of the sample at a position: a pure function of its arguments.
 
     Args:
         volume_shape: Voxels (z, y, x) of the volume that stands there.
         held_out: Whether the sample is a held-out one; those draw from streams that training never uses.
+        foreground: Where the volume is not air, for configs that ask for it; by default nowhere is air.
     """
-    box = Box(_outer_start(seed, position, volume_shape, config.box, held_out), config.box)
+    prefer = Preference(foreground, config.foreground) if foreground and config.foreground else None
+    outer, views = (purpose.held_out(held_out) for purpose in (Purpose.CROP, Purpose.VIEWS))
+    start = size3(_corners(seed, position, outer, 1, (0, 0, 0), volume_shape, config.box, prefer)[0].tolist())
+    starts = np.zeros((1, 3), np.int32)
+    if config.crop is not None:
+        starts = _corners(seed, position, views, config.levels[0].views, start, config.box, config.crop, prefer)
     levels: list[LevelPlan] = []
-    starts = _view_starts(seed, position, config, held_out)
     parent = cell = np.full(len(starts), -1, np.int32)
     for level in range(len(config.levels)):
-        hidden_cells = _hidden_cells(seed, position, level, config, held_out)
+        is_foreground = None
+        if prefer is not None:
+            is_foreground = prefer.cells(starts + np.array(start), config.region(level), config.cells(level))
+        hidden_cells = _hidden_cells(seed, position, level, config, held_out, prefer, is_foreground)
         tokens = _tokens(hidden_cells, config.grid, config.cells(level))
         draws = _draws(seed, position, len(starts), config.augment, held_out)
         levels.append(LevelPlan(starts, parent, cell, *tokens, draws))
         if level + 1 < len(config.levels):
-            parent, cell = _children(seed, position, level, hidden_cells, config, held_out)
+            parent, cell = _children(seed, position, level, hidden_cells, config, held_out, is_foreground)
             corners = _cell_corners(config.cells(level), config.region(level + 1))
             starts = starts[parent] + corners[cell]
-    return Plan(position, box, tuple(levels))
+    return Plan(position, Box(start, config.box), tuple(levels))
 
 
-def _outer_start(seed: int, position: int, shape: Size3, box: Size3, held_out: bool) -> Size3:
-    drawn = words(seed, Purpose.CROP.held_out(held_out), position, 3)
-    return size3(
-        below(word, size - length + 1) if size >= length else -((length - size) // 2)
-        for word, size, length in zip(drawn.tolist(), shape, box, strict=True)
-    )
+def _corners(
+    seed: int,
+    position: int,
+    purpose: Purpose,
+    views: int,
+    origin: Size3,
+    shape: Size3,
+    size: Size3,
+    prefer: Preference | None,
+) -> Indices:
+    """[views, 3] where boxes of a size begin, from the corner of what holds them; centred where that is smaller.
+
+    Args:
+        origin: In the volume, of what holds them.
+        shape: Of what holds them.
+    """
+
+    def draw(retry: int, tries: int) -> Indices:
+        drawn = words(seed, purpose, position, tries * views * 3, sub=retry)
+        found = [_place(word, shape[i % 3], size[i % 3]) for i, word in enumerate(drawn.tolist())]
+        return np.array(found, np.int32).reshape(tries, views, 3)
+
+    return draw(0, 1)[0] if prefer is None else prefer.corners(draw, origin, size)
 
 
-def _view_starts(seed: int, position: int, config: PlanConfig, held_out: bool) -> Indices:
-    """[views, 3] corners of the first level's views in the outer box."""
-    views = config.levels[0].views
-    if config.crop is None:
-        return np.zeros((views, 3), np.int32)
-    drawn = words(seed, Purpose.VIEWS.held_out(held_out), position, views * 3).reshape(views, 3)
-    room = [size - length + 1 for size, length in zip(config.box, config.crop, strict=True)]
-    return np.array([[below(word, limit) for word, limit in zip(row, room, strict=True)] for row in drawn], np.int32)
+def _place(word: int, size: int, length: int) -> int:
+    return below(word, size - length + 1) if size >= length else -((length - size) // 2)
 
 
 def _draws(seed: int, position: int, views: int, augment: bool, held_out: bool) -> Indices:
@@ -106,26 +134,48 @@ def _num_hidden_cells(seed: int, position: int, level: int, config: PlanConfig, 
     return fewest + below(int(drawn[0]), most - fewest + 1)
 
 
-def _hidden_cells(seed: int, position: int, level: int, config: PlanConfig, held_out: bool) -> NDArray[np.bool_]:
+def _hidden_cells(
+    seed: int,
+    position: int,
+    level: int,
+    config: PlanConfig,
+    held_out: bool,
+    prefer: Preference | None,
+    is_foreground: NDArray[np.bool_] | None,
+) -> NDArray[np.bool_]:
     """[views, cells], True where hidden: every view hides the same number of cells."""
     views, cells = config.num_views(level), math.prod(config.cells(level))
     count = _num_hidden_cells(seed, position, level, config, held_out)
     drawn = words(seed, Purpose.MASK.held_out(held_out), position, views * cells, sub=level)
-    order = permutation(drawn.reshape(views, cells))
+    drawn = drawn.reshape(views, cells)
+    if prefer is not None and is_foreground is not None:
+        return prefer.hidden(drawn, is_foreground, count)
+    order = permutation(drawn)
     hidden = np.zeros((views, cells), np.bool_)
     np.put_along_axis(hidden, order[:, cells - count :], True, axis=1)
     return hidden
 
 
 def _children(
-    seed: int, position: int, level: int, hidden_cells: NDArray[np.bool_], config: PlanConfig, held_out: bool
+    seed: int,
+    position: int,
+    level: int,
+    hidden_cells: NDArray[np.bool_],
+    config: PlanConfig,
+    held_out: bool,
+    is_foreground: NDArray[np.bool_] | None,
 ) -> tuple[Indices, Indices]:
     """(parent, cell), [views of the next level] each: distinct hidden cells of every view, in (parent, cell) order."""
     views, hidden = len(hidden_cells), int(hidden_cells[0].sum())
     children = config.levels[level + 1].views
     drawn = words(seed, Purpose.CHILDREN.held_out(held_out), position, views * hidden, sub=level)
-    chosen = np.sort(permutation(drawn.reshape(views, hidden))[:, :children], axis=1)
+    drawn = drawn.reshape(views, hidden)
     candidates = np.nonzero(hidden_cells)[1].reshape(views, hidden)
+    if is_foreground is None:
+        order = permutation(drawn)
+    else:
+        order = foreground_first(drawn, is_foreground[hidden_cells].reshape(views, hidden))
+    chosen = np.sort(order[:, :children], axis=1)
     cell = np.take_along_axis(candidates, chosen, axis=1)
     parent = np.repeat(np.arange(views, dtype=np.int32), children)
     return parent, cell.ravel().astype(np.int32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from mim_scale.store.geometry import Size3, Spacing3, level_geometry, size3
 from mim_scale.store.volume import FORBIDDEN_HU
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 """Version of FORMAT.md; a store of another version is refused."""
 
 NUM_LEVELS = 3

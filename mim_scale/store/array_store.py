@@ -36,8 +36,11 @@ from mim_scale.store.volume import FORBIDDEN_HU, Volume, check_volume
 METADATA = "zarr.json"
 
 
-def write_volume(folder: Path, volume: Volume) -> int:
+def write_volume(folder: Path, volume: Volume, levels: list[NDArray[np.int16]] | None = None) -> int:
     """Write a volume and its coarser levels, published whole under its final name; what stood there is replaced.
+
+    Args:
+        levels: The volume's pyramid, where it is known already.
 
     Returns:
         Bytes on disk.
@@ -52,7 +55,7 @@ def write_volume(folder: Path, volume: Volume) -> int:
         temporary.mkdir(parents=True)
         metadata = group_metadata(volume.shape, volume.spacing_mm, volume.affine.ravel().tolist())
         (temporary / METADATA).write_bytes(metadata_bytes(metadata))
-        for level, voxels in enumerate(pyramid(volume)):
+        for level, voxels in enumerate(levels or pyramid(volume)):
             _write_level(temporary / str(level), voxels)
         publish_folder(temporary, folder)
     finally:

@@ -45,6 +45,8 @@ class Row:
     hu_mean: float
     hu_histogram: tuple[int, ...]
     """Voxels in each bin of HU_EDGES."""
+    foreground: bytes
+    """Which blocks are not air, one bit each: see Foreground."""
     bytes_raw: int
     bytes_stored: int
     bytes_source: int
@@ -109,6 +111,7 @@ _ROWS = pa.schema(
         pa.field("hu_max", pa.int32(), nullable=False),
         pa.field("hu_mean", pa.float64(), nullable=False),
         pa.field("hu_histogram", pa.list_(pa.int64()), nullable=False),
+        pa.field("foreground", pa.binary(), nullable=False),
         pa.field("bytes_raw", pa.int64(), nullable=False),
         pa.field("bytes_stored", pa.int64(), nullable=False),
         pa.field("bytes_source", pa.int64(), nullable=False),

@@ -25,6 +25,7 @@ from mim_scale.store.dataset import (
     read_table,
     volume_folder,
 )
+from mim_scale.store.foreground import foreground_bits
 from mim_scale.store.geometry import whole_box
 from mim_scale.store.manifest import HU_EDGES, Row, iter_fingerprints
 from mim_scale.store.raw_check import raw_faults
@@ -171,12 +172,14 @@ def _check_voxels(dataset: Dataset, row: Row) -> list[Problem]:
     voxels = voxel_hash(volume)
     if content_hash(volume, voxels) != row.content_hash:
         return [_problem(dataset, row, 0, "its voxels are not those that were committed")]
-    wrong = [name for name, holds in _statistics(volume, voxels, row).items() if not holds]
+    levels = pyramid(volume)
+    statistics = _statistics(volume, voxels, row) | {"foreground": foreground_bits(levels[-1]) == row.foreground}
+    wrong = [name for name, holds in statistics.items() if not holds]
     if wrong:
         problems.append(_problem(dataset, row, 0, f"the manifest says another {', '.join(wrong)} than its voxels"))
     return problems + [
         _problem(dataset, row, level, f"level {level} is no mean of level 0")
-        for level, expected in enumerate(pyramid(volume))
+        for level, expected in enumerate(levels)
         if not np.array_equal(expected, found[level])
     ]
 

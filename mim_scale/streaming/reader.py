@@ -12,6 +12,7 @@ from mim_scale.sampling.order import volume_at
 from mim_scale.sampling.plan import Plan, plan
 from mim_scale.store.array_store import VolumeReader
 from mim_scale.store.dataset import Dataset
+from mim_scale.store.foreground import Foreground
 from mim_scale.store.geometry import Box, Size3, size3
 from mim_scale.store.manifest import Row
 from mim_scale.store.volume import AIR_HU
@@ -68,7 +69,9 @@ class SampleReader:
     def planned(self, position: int) -> tuple[Row, Plan]:
         """The volume at a position and what is cut from it; no voxel is read."""
         row = self._rows[volume_at(position, len(self._rows), self._seed, self._held_out)]
-        return row, plan(self._seed, position, row.shape, self._plan_config, self._held_out)
+        # Made anew each time: that takes less than planning does.
+        foreground = Foreground.of(row) if self._plan_config.foreground is not None else None
+        return row, plan(self._seed, position, row.shape, self._plan_config, self._held_out, foreground)
 
     def batch(self, positions: Sequence[int]) -> Batch:
         """The samples at these positions, stacked in their order."""

@@ -51,6 +51,14 @@ def test_every_shipped_config_loads_and_survives_a_round_trip(path: Path) -> Non
         ("seed=-1", "seed is -1"),
         ("train=3", "train is 3"),
         ("train.steps", "write it as key=value"),
+        (
+            "plan.foreground={box_share: 0.5, tries: 8, hidden_share: 0.55}",
+            "foreground.hidden_share is 0.55, but levels[1].hidden_ratio goes up to 0.6, and a view without air",
+        ),
+        ("plan.foreground={box_share: 0.5, tries: 8, hidden_share: 1}", "plan.foreground.hidden_share is 1"),
+        ("plan.foreground={box_share: 1.5, tries: 8, hidden_share: 0.9}", "plan.foreground.box_share is 1.5"),
+        ("plan.foreground={box_share: 0.5, tries: 65, hidden_share: 0.9}", "plan.foreground.tries is 65"),
+        ("plan.foreground={tries: 8, hidden_share: 0.9}", "plan.foreground.box_share is missing; it changes results"),
         ("plan.levels.7.views=2", "7 is no index of a list of 3"),
     ],
 )

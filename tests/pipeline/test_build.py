@@ -295,7 +295,7 @@ def test_two_builders_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("_inline")
 def test_a_full_disk_ends_the_build_in_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(folder: Path, volume: object) -> int:
+    def full(*_: object) -> int:
         raise OSError(28, "No space left on device")
 
     write_image(tmp_path / "in" / "a.nii", phantom())

@@ -147,7 +147,7 @@ def test_a_damaged_record_is_the_builders(dataset: Dataset, source: Path, capsys
     """Without it nobody knows which volumes there are: one line says who mends it."""
     file = dataset.path / "dataset.json"
     whole = file.read_bytes()
-    file.write_bytes(whole.replace(b'"format_version": 2', b'"format_version": 3'))
+    file.write_bytes(whole.replace(b'"format_version": 3', b'"format_version": 2'))
     verb = ["data", "verify", str(dataset.path)]
     for words in ([], ["--repair", str(source)], ["--sample", "50%"]):
         assert run([*verb, *words]) == 3

@@ -40,7 +40,8 @@ def result(task: Task) -> TaskResult:
     subject = KEY.pseudonym("volume", content)
     row = Row(
         content[:16], subject, subject, "", "", content, content[::-1], (20, 20, 20), (1.0, 1.0, 1.0),
-        tuple(map(float, range(16))), -1000, 100, 3.25, tuple(range(64)), 16000, 9000, 16352, "nifti", task.source_key,
+        tuple(map(float, range(16))), -1000, 100, 3.25, tuple(range(64)), b"\x80", 16000, 9000, 16352, "nifti",
+        task.source_key,
     )  # fmt: skip
     return TaskResult(task.key, task.source_key, "nifti", 16, 0.1, row, b"mark")
 

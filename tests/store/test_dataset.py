@@ -89,20 +89,25 @@ def test_every_flipped_bit_of_a_record_is_damage_of_the_record(dataset):
 
 
 def test_a_whole_record_of_another_version_says_so(dataset):
-    change_record(dataset.path, format_version=3, files=None, volumes="elsewhere")
+    change_record(dataset.path, format_version=2)
+    assert refusal(dataset.path) == (
+        f"{dataset.path}: format version 2, this program reads 3; build into another folder",
+        2,
+    )
+    change_record(dataset.path, format_version=4, files=None, volumes="elsewhere")
     found, code = refusal(dataset.path)
-    assert "format version 3, this program reads 2" in found
+    assert "format version 4, this program reads 3" in found
     assert code == 2
     # Whatever a later version's white space may be.
     record = json.loads((dataset.path / "dataset.json").read_text())
     (dataset.path / "dataset.json").write_text(json.dumps(record))
     assert refusal(dataset.path) == (found, 2)
-    (dataset.path / "dataset.json").write_text(json.dumps(record | {"format_version": 4}))
+    (dataset.path / "dataset.json").write_text(json.dumps(record | {"format_version": 5}))
     assert refusal(dataset.path)[1] == 3
     # The first version had no digest.
     del record["digest"]
     (dataset.path / "dataset.json").write_text(json.dumps(record | {"format_version": 1}))
-    assert "format version 1, this program reads 2" in refusal(dataset.path)[0]
+    assert "format version 1, this program reads 3" in refusal(dataset.path)[0]
     assert refusal(dataset.path)[1] == 2
 
 

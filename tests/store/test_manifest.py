@@ -37,6 +37,7 @@ rows = st.builds(
     hu_max=st.integers(0, 32767),
     hu_mean=finite,
     hu_histogram=st.lists(st.integers(0, 2**40), max_size=4).map(tuple),
+    foreground=st.binary(max_size=40),
     bytes_raw=st.integers(1, 2**50),
     bytes_stored=st.integers(1, 2**50),
     bytes_source=st.integers(1, 2**50),

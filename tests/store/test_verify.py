@@ -174,6 +174,16 @@ def test_deep_compares_the_manifest(dataset):
     assert "the manifest says another voxel_hash, hu_max, hu_mean than its voxels" in problems[0].detail
 
 
+def test_deep_finds_another_foreground(dataset):
+    bits = bytearray(dataset.rows[0].foreground)
+    bits[0] ^= 0x80
+    wrong = dataclasses.replace(dataset.rows[0], foreground=bytes(bits))
+    commit_dataset(dataset.path, [wrong, *dataset.rows[1:]], dataset.quarantine, {})
+    assert verify(dataset.path) == []
+    (problem,) = verify(dataset.path, deep=True)
+    assert problem.detail.startswith(f"volume {wrong.key}: the manifest says another foreground than its voxels")
+
+
 def test_deep_finds_whole_files_that_are_wrong(dataset, tmp_path):
     # Valid checksums, the same sizes of files, other voxels: only decoding can tell.
     a, b = (row for row in dataset.rows if row.shape == (20, 30, 40))
