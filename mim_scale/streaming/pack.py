@@ -29,7 +29,7 @@ from mim_scale.streaming.batch import Batch, Sample, collate
 from mim_scale.streaming.reader import SampleReader
 
 FORMAT = "mim-scale pack"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Version of PACK.md; a pack of another version is refused."""
 
 RECORD = "pack.json"

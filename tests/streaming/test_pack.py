@@ -9,6 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from mim_scale.commit import sealed
+from mim_scale.config import ForegroundConfig
 from mim_scale.errors import ConfigError, DamagedError, StoreError
 from mim_scale.sampling import plan as sampling
 from mim_scale.store.manifest import split_subjects
@@ -111,6 +113,27 @@ def test_a_pack_of_another_run_is_refused(dataset, split_pack, changes, words):
     config = config_for(dataset.path, **{"held_out_subjects": 1, "pack": split_pack, **changes})
     with pytest.raises(StoreError, match=words):
         open_stream(config, dataset, dataset.rows)
+
+
+def test_a_pack_knows_where_the_air_is(dataset, tmp_path):
+    """Its manifest says so, as the store's does: plans are checked, and the run reads on, without a voxel."""
+    foreground = ForegroundConfig(box_share=0.7, tries=5, hidden_share=0.9)
+    config = config_for(dataset.path, 1, plan=CONFIG.model_copy(update={"foreground": foreground}))
+    write_pack(config, tmp_path / "pack", 0, 4)
+    assert verify_pack(tmp_path / "pack", deep=True) == []
+    rows = split_subjects(dataset.rows, 4, 1)[0]
+    packed = PackReader(Pack.open(tmp_path / "pack"), dataset, rows, config).batch(range(4))
+    assert_equal(packed, SampleReader(dataset, rows, config.plan, 4).batch(range(4)))
+    plain = SampleReader(dataset, rows, CONFIG, 4).batch(range(4))
+    assert not np.array_equal(packed.levels[1].tokens, plain.levels[1].tokens)
+
+
+def test_a_pack_of_another_version_says_what_to_do(copy):
+    record = {name: value for name, value in Pack.open(copy).record.items() if name != "digest"}
+    (copy / "pack.json").write_bytes(sealed(record | {"format_version": 1})[0])
+    with pytest.raises(StoreError, match="format version 1, this program reads 2; pack again") as caught:
+        Pack.open(copy)
+    assert (caught.value.exit_code, "\n" in str(caught.value)) == (2, False)
 
 
 def test_a_pack_of_another_store_is_refused(split_pack, tmp_path):
