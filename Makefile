@@ -45,8 +45,8 @@ bench: $(READY)  ## measured figures; results are committed under docs/benchmark
 bad-inputs: $(READY)  ## every bad input, what must become of it and what does: docs/bad-inputs.md
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.corpus.page
 
-soak: $(READY)  ## the long golden runs that the suite leaves out, fuzzing of the readers, builds that are killed
-	OMP_NUM_THREADS=1 MIM_SCALE_ALL_GOLDEN=1 $(BIN)/python -m pytest tests/models/test_golden.py
+soak: $(READY)  ## the long tests that the suite leaves out, fuzzing of the readers, builds that are killed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris  # without it the fuzzing is blind
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.fuzz_readers --seconds 120
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.kill_builds

@@ -11,7 +11,7 @@ from mim_scale.config import PretrainConfig
 from mim_scale.config_file import load_config
 from mim_scale.methods.build import build_method
 from mim_scale.methods.cost import FEWEST_FIRST
-from mim_scale.training.estimate import noise_batch
+from mim_scale.methods.noise import noise_batch
 
 RUNS = 5
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -108,7 +108,7 @@ def _pass_of(config: Any) -> Any:
     import torch
 
     from mim_scale.methods.build import build_method
-    from mim_scale.training.estimate import noise_batch
+    from mim_scale.methods.noise import noise_batch
 
     batch, method = noise_batch(config, torch.device("cpu")), build_method(config)
 

@@ -2,7 +2,6 @@
 
 import statistics
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -10,7 +9,8 @@ from mim_scale.bench.arithmetic import measure_work, visible_flops
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import check_config, config_values
 from mim_scale.methods.build import build_method
-from mim_scale.training.estimate import noise_batch
+from mim_scale.methods.noise import noise_batch
+from mim_scale.training.compiled import compile_blocks
 
 PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "GH200": 989e12, "A100": 312e12, "L40S": 362e12}
 """Dense bfloat16 by a part of the device's name, as the maker states them for the SXM kind."""
@@ -47,7 +47,7 @@ def _measure(config: PretrainConfig, way: str, runs: int) -> OnGpu:
     batch, method = noise_batch(config, device), build_method(config).to(device)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4, fused=True)
     if way == "compiled":
-        _compile_blocks(method)
+        compile_blocks(method, config)
 
     def passes() -> torch.Tensor:
         optimizer.zero_grad()
@@ -79,10 +79,3 @@ def _measure(config: PretrainConfig, way: str, runs: int) -> OnGpu:
         peak,
         loss,
     )
-
-
-def _compile_blocks(method: Any) -> None:
-    """The transformer blocks, whose shapes hardly change from step to step."""
-    for part in (method.encoder, getattr(method, "decoder", None)):
-        for block in getattr(part, "blocks", ()):
-            block.compile(dynamic=False)

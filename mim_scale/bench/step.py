@@ -21,12 +21,12 @@ from mim_scale.config import HybridConfig, MaeConfig, MaskInMaskConfig, Pretrain
 from mim_scale.config_file import check_config, config_values
 from mim_scale.errors import ConfigError
 from mim_scale.methods.build import build_method
+from mim_scale.methods.noise import noise_batch
 from mim_scale.methods.targets import errors_of, hidden_targets
 from mim_scale.methods.views import make_views
 from mim_scale.models.hybrid import HybridEncoder
 from mim_scale.streaming.device import TensorBatch
 from mim_scale.training.allocator import keep_freed_memory
-from mim_scale.training.estimate import noise_batch
 
 AT_ONCE = 4
 """Views of an encoder's run; and views of a step whose activations are held at once, on both sides."""

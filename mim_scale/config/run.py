@@ -76,6 +76,9 @@ class TrainConfig(Section):
     views_at_once: Positive | None = None
     """Views whose activations are held at once; their gradient is taken before the next ones run. null: all of a
     micro-batch. Numbers do not change."""
+    compile: bool = False
+    """Run transformer blocks through torch.compile; refused where that changes the loss. Needs a C++ compiler on a CPU.
+    """
     keep_freed_memory: bool = True
     """On a CPU: memory that was freed stays with the process, which saves paging it in again and again."""
 
@@ -86,6 +89,11 @@ class TrainConfig(Section):
         if self.engine == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(
                 "precision bf16 at zero_stage 0 drifts from fp32 under DeepSpeed: take zero_stage 1 or more"
+            )
+        if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
+            raise ValueError(
+                "compile does not go with zero_stage 3, whose hooks gather weights while a block runs: take a lower "
+                "one, or set compile to false"
             )
         return self
 
@@ -135,6 +143,12 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"method {self.method.name} {MASKS[self.method.mask]}, which backbone {self.model.backbone} cannot do "
                 f"exactly: take {' or '.join(able_backbones(self.method.mask))}"
+            )
+        ranges = [level.ratios for level in self.plan.levels if level.ratios[0] != level.ratios[1]]
+        if self.train.compile and ranges:
+            raise ValueError(
+                f"train.compile makes a program for each number of visible tokens, and hidden_ratio {list(ranges[0])} "
+                "draws another one for each sample: give one ratio, or set train.compile to false"
             )
         group = self.method.samples_together
         if self.train.micro_batch % group or self.held_out.samples % group:

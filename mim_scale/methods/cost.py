@@ -7,7 +7,6 @@ import weakref
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -18,9 +17,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.methods.build import build_method
-from mim_scale.sampling.plan import plan
-from mim_scale.streaming.batch import Sample, collate
-from mim_scale.streaming.device import TensorBatch, to_device
+from mim_scale.methods.noise import noise_batch
+from mim_scale.streaming.device import TensorBatch
 
 FEWEST_FIRST: tuple[Checkpointing, ...] = ("none", "second", "stem", "all")
 """Policies by how much they compute again, least first."""
@@ -133,12 +131,7 @@ class _Live(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _batch(config: PretrainConfig, fake: FakeTensorMode) -> TensorBatch:
-    block = np.zeros(config.plan.box, np.int16)
-    samples = [
-        Sample(position, "", block, plan(config.seed, position, config.plan.box, config.plan))
-        for position in range(config.train.micro_batch)
-    ]
-    batch = to_device(collate(samples), "cpu")
+    batch = noise_batch(config, torch.device("cpu"))
     shapes = fake.from_tensor
     levels = tuple(
         replace(

@@ -11,16 +11,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.methods.build import build_method
 from mim_scale.methods.cost import FEWEST_FIRST, Cost, cost_of
-from mim_scale.sampling.plan import plan
-from mim_scale.streaming.batch import Sample, collate
-from mim_scale.streaming.device import TensorBatch, to_device
+from mim_scale.methods.noise import noise_batch
 
 
 @dataclass(frozen=True)
@@ -55,16 +52,6 @@ def measure(config: PretrainConfig, policy: Checkpointing) -> Measured:
     with FlopCounterMode(display=False) as counted, precision:
         method(batch).total.backward()
     return Measured(counted.get_total_flops(), peak, seconds)
-
-
-def noise_batch(config: PretrainConfig, device: torch.device) -> TensorBatch:
-    """A micro-batch of the config: noise, and true plans."""
-    draw = np.random.default_rng(0)
-    samples = []
-    for position in range(config.train.micro_batch):
-        block = draw.integers(-1024, 1000, config.plan.box, dtype=np.int16)
-        samples.append(Sample(position, "noise", block, plan(config.seed, position, config.plan.box, config.plan)))
-    return to_device(collate(samples), device)
 
 
 def as_values(costs: dict[Checkpointing, Cost], measured: dict[Checkpointing, Measured]) -> dict[str, Any]:

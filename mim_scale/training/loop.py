@@ -22,6 +22,7 @@ from mim_scale.store.geometry import Size3, Spacing3
 from mim_scale.store.manifest import Row, split_subjects
 from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_pack
 from mim_scale.training.checkpoint import check_fits
+from mim_scale.training.compiled import compile_blocks
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.held_out import HeldOut, trivial_name
 from mim_scale.training.memory import resolve_checkpointing
@@ -105,6 +106,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
             progress.say(told_share_inside(rows, config.plan.box))
             if why:
                 progress.say(why)
+            if train.compile:
+                progress.say(ranks.together(lambda: compile_blocks(module.to(ranks.device), config)))
             state = ranks.together(lambda: _load(start, module))
             engine = build_engine(module, config, ranks)
             resources.callback(engine.close)

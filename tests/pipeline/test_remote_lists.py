@@ -225,7 +225,12 @@ def test_a_server_that_goes_away_stops_the_build_and_the_next_goes_on(
         return faults.get(fault, Fault(drop=True))
 
     web.fault = fail
-    words = {"away": "breaks again|nobody answers", "silent": "no answer in time", "failing": "fails", "denied": "403"}
+    words = {
+        "away": "breaks again|nobody answers|no answer in time",
+        "silent": "no answer in time",
+        "failing": "fails",
+        "denied": "403",
+    }
     with pytest.raises(StorageError, match=words[fault]) as stopped:
         run_build(config(listing, store), Silent())
     assert "\n" not in str(stopped.value)

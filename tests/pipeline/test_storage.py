@@ -101,7 +101,8 @@ def test_faults_that_pass_are_waited_for(
     server.fault = failing(2, fault)
     storage.fetch(["big.nrrd"], tmp_path)
     assert (tmp_path / "big.nrrd").read_bytes() == server.get("/data/in/big.nrrd")
-    assert len(server.requests) == 3
+    # A busy machine may be slower than SILENCE_S on its own account, and ask once more.
+    assert len(server.requests) >= 3
 
 
 @pytest.mark.parametrize(("status", "error"), [(403, StorageError), (404, LostObjectError)])
