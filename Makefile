@@ -33,7 +33,7 @@ contracts: $(READY)
 	$(BIN)/lint-imports
 
 suite: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations 10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
 
 bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step
