@@ -30,6 +30,7 @@ MAY_CHANGE = (
     "train.zero_stage",
     "train.activation_checkpointing",
     "train.views_at_once",
+    "train.compile",
     "train.keep_freed_memory",
     "checkpoint.",
     "held_out.every",
