@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +16,8 @@ from mim_scale.streaming.device import TensorBatch
 TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 """How far apart, relatively, the loss may be; its gradient by GRADIENT_TOLERANCE."""
 GRADIENT_TOLERANCE = {"fp32": 1e-4, "bf16": 2e-2}
+MOST_SHAPES = 64
+"""Programs that are made before torch gives up; its own 8 are fewer than three levels in chunks have."""
 _GIVE_UP = "set train.compile to false"
 
 
@@ -36,7 +40,12 @@ def compile_blocks(method: nn.Module, config: PretrainConfig) -> str:
         )
     batch = noise_batch(config, next(method.parameters()).device)
     loss, gradient = _pass(method, batch, config)
+    # Takes seconds to import.
+    from torch._dynamo import config as of_compiler
+
     begin = time.perf_counter()
+    # Of all blocks together, as they share their code: both widths, all levels, all sizes of chunks.
+    of_compiler.recompile_limit = MOST_SHAPES
     for block in blocks:
         # One graph for each shape: were shapes made free on the way, a resumed run would meet other graphs.
         block.compile(dynamic=False, fullgraph=True)
@@ -56,6 +65,11 @@ def compile_blocks(method: nn.Module, config: PretrainConfig) -> str:
             f"(at most {TOLERANCE[precision]:.0e} and {GRADIENT_TOLERANCE[precision]:.0e} in {precision}); {_GIVE_UP}"
         )
     return f"{len(blocks)} blocks compiled in {seconds:.0f} s; loss apart by {apart:.1e}, gradient {gradient_apart:.1e}"
+
+
+def uncompiled(config: PretrainConfig) -> AbstractContextManager[Any]:
+    """Inside, blocks run as if never compiled: held-out samples and pictures have shapes that no step has."""
+    return torch.compiler.set_stance("force_eager") if config.train.compile else nullcontext()
 
 
 def blocks_of(method: nn.Module) -> Iterator[nn.Module]:

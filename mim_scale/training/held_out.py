@@ -17,6 +17,7 @@ from mim_scale.store.dataset import Dataset
 from mim_scale.store.manifest import Row
 from mim_scale.streaming.device import TensorBatch, to_device
 from mim_scale.streaming.stream import open_stream
+from mim_scale.training.compiled import uncompiled
 from mim_scale.training.ranks import Ranks
 
 WATCHED = 4
@@ -55,8 +56,9 @@ class HeldOut:
             self._trivial = self._mean(lambda batch: _renamed(trivial(batch)))
         module.eval()
         try:
-            losses = self._mean(lambda batch: _losses(module, batch))
-            watched = self._mean(cast(Method, module).watch, self._chunks[:WATCHED])
+            with uncompiled(self._config):
+                losses = self._mean(lambda batch: _losses(module, batch))
+                watched = self._mean(cast(Method, module).watch, self._chunks[:WATCHED])
         finally:
             module.train()
         return {**losses, **self._trivial, **watched}
@@ -74,7 +76,8 @@ class HeldOut:
         met: set[str] = set()
         module.eval()
         try:
-            with open_stream(self._config, self._dataset, self._rows, held_out=True) as stream:
+            stream = open_stream(self._config, self._dataset, self._rows, held_out=True)
+            with stream, uncompiled(self._config):
                 for batch in stream.batches(schedule):
                     if not met.issuperset(batch.keys):
                         met.update(batch.keys)
