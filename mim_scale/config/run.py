@@ -98,6 +98,15 @@ class TrainConfig(Section):
         return self
 
 
+class GuardsConfig(Section):
+    """What is done when a step goes wrong; a run in which nothing does is not touched."""
+
+    skips_in_a_row: Annotated[int, Field(ge=0)] = 8
+    """A step whose loss or gradient is not finite is left out, on all ranks alike; more of them in a row end a run."""
+    spikes: Literal["tell", "skip"] = "tell"
+    """A step whose loss stands 6 deviations above the last 128 is told with its volumes, or left out as well."""
+
+
 class CheckpointConfig(Section):
     """When state is saved and how many saves are kept."""
 
@@ -134,6 +143,7 @@ class PretrainConfig(Section):
     checkpoint: CheckpointConfig
     held_out: HeldOutConfig
     tracking: TrackingConfig
+    guards: GuardsConfig = GuardsConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -155,6 +165,12 @@ class PretrainConfig(Section):
             raise ValueError(
                 f"train.micro_batch {self.train.micro_batch} and held_out.samples {self.held_out.samples} must be "
                 f"multiples of method.group {group}: samples of a group are compared with each other"
+            )
+        at_once, views = self.train.views_at_once, group * self.plan.num_views(0)
+        if group > 1 and at_once is not None and at_once < views:
+            raise ValueError(
+                f"train.views_at_once is {at_once}, and method {self.method.name} compares the {views} views of a "
+                f"group with each other: give at least {views}, or lower method.group"
             )
         if self.optimizer.warmup_steps >= self.train.steps:
             raise ValueError(

@@ -33,8 +33,12 @@ class Engine(Protocol):
             Detached scalars of this micro-batch on this rank: "loss" and the loss's parts.
         """
 
-    def update(self) -> float:
-        """Clip, make the update, forget the gradient; returns the gradient's global norm before clipping."""
+    def update(self, leave_out: bool = False) -> float:
+        """Clip, make the update, forget the gradient; returns the gradient's global norm before clipping.
+
+        Where that norm is not finite, and with `leave_out`, the gradient is forgotten and nothing else happens, on all
+        ranks alike; with `leave_out` the number says nothing.
+        """
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights by name, and moments by `name/exp_avg` and `name/exp_avg_sq`: fp32, on the CPU, whole, on rank 0.

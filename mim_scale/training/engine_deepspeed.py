@@ -113,12 +113,29 @@ class DeepSpeedEngine:
             self._is_coalescing = False
         return {"loss": total.detach(), **{name: part.detach() for name, part in parts.items()}}
 
-    def update(self) -> float:
-        """Clip, make the update, forget the gradient."""
-        norm = self._norm_of_whole_gradient() if self._stage == 0 else None
+    def update(self, leave_out: bool = False) -> float:
+        """Clip, make the update, forget the gradient; the last alone where the norm is not finite."""
         self._engine.set_gradient_accumulation_boundary(True)
+        if self._stage == 0:
+            norm = self._norm_of_whole_gradient()
+            if leave_out or not bool(norm.isfinite()):
+                self._engine.optimizer.zero_grad(set_to_none=True)
+                return float(norm)
+            self._engine.step()
+            return float(norm)
+        # DeepSpeed leaves out a step whose gradient is not finite, with all that it has to forget; so make it such.
+        spoilt = (
+            [g for group in self._engine.optimizer.averaged_gradients.values() for g in group or ()]
+            if leave_out
+            else []
+        )
+        for gradient in spoilt:
+            gradient.fill_(float("inf"))
         self._engine.step()
-        return float(self._engine.get_global_grad_norm() if norm is None else norm)
+        for gradient in spoilt:
+            # Stage 3 keeps its buffers, and writes no new gradient where they are padded.
+            gradient.zero_()
+        return float(self._engine.get_global_grad_norm())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Weights and moments by name, on rank 0; every rank gives its share."""

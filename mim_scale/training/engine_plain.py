@@ -46,11 +46,12 @@ class PlainEngine:
             self._reduce()
         return {"loss": losses.total.detach(), **{name: part.detach() for name, part in losses.parts.items()}}
 
-    def update(self) -> float:
-        """Clip, make the update, forget the gradient."""
+    def update(self, leave_out: bool = False) -> float:
+        """Clip, make the update, forget the gradient; the last alone where the norm is not finite."""
         limit = float("inf") if self._clip_norm is None else self._clip_norm
         norm = torch.nn.utils.clip_grad_norm_(self._trained.values(), limit)
-        self._optimizer.step()
+        if not leave_out and bool(norm.isfinite()):
+            self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 

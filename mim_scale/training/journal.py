@@ -3,20 +3,23 @@
 Rows have a `kind`:
   start     a process took up the run: step, world, fingerprint, config_digest, time
   step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm,
-            samples_per_second, data_wait (share of the time)
+            samples_per_second, data_wait (share of the time); null for what is not finite. A step that was left out has
+            `left_out`, a spike that was not has `noted`: the reason; both have `volumes`, the keys of what was seen
   held_out  step (updates made so far) and held_out: the loss, its parts, the trivial predictor's as `trivial_1` ...
 
 A step has one row however often it was computed: a run that goes on from an older checkpoint repeats steps, bit for
 bit, and does not write them again.
 """
 
-import errno
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from mim_scale import disk
+from mim_scale.commit import make_folder, write_all
 from mim_scale.errors import CheckpointError
 
 ONCE = ("step", "held_out")
@@ -33,7 +36,7 @@ class Journal:
             CheckpointError: a line before the last one is not JSON.
         """
         self.path = path
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         self._last = dict.fromkeys(ONCE, -1)
         self.first_start: dict[str, Any] | None = None
         whole = 0
@@ -43,8 +46,11 @@ class Journal:
                 self._last[row["kind"]] = max(self._last[row["kind"]], int(row["step"]))
             elif row["kind"] == "start" and self.first_start is None:
                 self.first_start = row
-        self._file = open(path, "ab", buffering=0)  # noqa: SIM115  # closed by close()
-        self._file.truncate(whole)
+        is_new = not path.exists()
+        self._file = disk.append(path)
+        if is_new:
+            disk.sync(path.parent)
+        self._cut(whole)
 
     @property
     def last_step(self) -> int:
@@ -71,17 +77,24 @@ class Journal:
 
     def _append(self, line: bytes) -> None:
         try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write_all(self._file, line)
         except OSError as error:
+            with contextlib.suppress(OSError):
+                self._cut(self._end)
             raise CheckpointError(
                 f"{self.path}: cannot be written ({error.strerror}); make room, then start the same command again"
             ) from None
+        self._end += len(line)
+
+    def _cut(self, end: int) -> None:
+        """Leave out what follows the last whole row, which ends there."""
+        if os.fstat(self._file.fileno()).st_size != end:
+            disk.truncate(self._file, end)
+        self._end = end
 
     def sync(self) -> None:
         """Make the rows durable: before a checkpoint, so that none is newer than the journal."""
-        os.fsync(self._file.fileno())
+        disk.fsync(self._file)
 
     def close(self) -> None:
         """Close the file."""

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -24,6 +25,7 @@ from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_p
 from mim_scale.training.checkpoint import check_fits
 from mim_scale.training.compiled import compile_blocks
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
+from mim_scale.training.guards import Guards
 from mim_scale.training.held_out import HeldOut, trivial_name
 from mim_scale.training.memory import resolve_checkpointing
 from mim_scale.training.placement import read_placement
@@ -49,6 +51,7 @@ class _Run:
     records: Records
     progress: Progress
     stop: StopRequest
+    guards: Guards
 
 
 def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
@@ -111,13 +114,15 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
             state = ranks.together(lambda: _load(start, module))
             engine = build_engine(module, config, ranks)
             resources.callback(engine.close)
+            guards = ranks.broadcast(records.recall_guards(start))
             if state is not None:
-                engine.load_state(*state, updates=start.step)
+                engine.load_state(*state, updates=guards.updates)
                 del state
             resources.enter_context(ray_for_ranks(config.data, ranks))
             held_out = HeldOut(config, dataset, held_rows, ranks)
             records.begin(start.step)
-            return _train(_Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop), start)
+            run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards)
+            return _train(run, start)
 
 
 def _train(run: _Run, start: StartingPoint) -> int:
@@ -130,7 +135,7 @@ def _train(run: _Run, start: StartingPoint) -> int:
             began = time.perf_counter()
             rate = learning_rate(step, run.config.optimizer, train)
             count = accumulation(run.config, run.ranks)
-            metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop)
+            metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop, run.guards)
             _tell(run, step, rate, metrics, time.perf_counter() - began)
             done = step + 1
             if not metrics.is_stop_asked or done == train.steps:
@@ -166,19 +171,30 @@ def _load(start: StartingPoint, module: nn.Module) -> tuple[dict[str, Tensor], d
 
 def _tell(run: _Run, step: int, rate: float, metrics: StepMetrics, seconds: float) -> None:
     position = (step + 1) * run.config.train.batch
+    noteworthy: dict[str, Any] = {}
+    if metrics.noteworthy:
+        noteworthy = {"left_out" if metrics.is_left_out else "noted": metrics.noteworthy, "volumes": metrics.volumes}
+        done = "left out" if metrics.is_left_out else "made all the same"
+        run.progress.say(f"step {step + 1}: {metrics.noteworthy} on volumes {', '.join(metrics.volumes)}; {done}")
     run.records.row(
         "step",
         step + 1,
         epoch=position / len(run.rows),
         position=position,
-        loss=metrics.losses["loss"],
-        parts={name: value for name, value in metrics.losses.items() if name != "loss"},
+        loss=_finite(metrics.losses["loss"]),
+        parts={name: _finite(value) for name, value in metrics.losses.items() if name != "loss"},
         learning_rate=rate,
-        grad_norm=metrics.grad_norm,
+        grad_norm=_finite(metrics.grad_norm),
         samples_per_second=run.config.train.batch / seconds,
         data_wait=metrics.wait_s / seconds,
+        **noteworthy,
     )
     run.progress.step(step + 1, metrics.losses["loss"], rate, seconds, metrics.wait_s)
+
+
+def _finite(value: float) -> float | None:
+    """As JSON has it."""
+    return value if math.isfinite(value) else None
 
 
 def _measure(run: _Run, step: int) -> None:
@@ -211,7 +227,7 @@ def _share(loss: float, trivial: float) -> str:
 
 def _save(run: _Run, step: int) -> None:
     weights, moments = run.engine.state()
-    run.ranks.together(lambda: run.records.save(step, weights, moments))
+    run.ranks.together(lambda: run.records.save(step, weights, moments, run.guards.updates))
 
 
 def _refuse_other_copy(dataset: Dataset, expected: str) -> None:

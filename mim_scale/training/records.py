@@ -1,21 +1,24 @@
 """What rank 0 keeps of a run: lock, journal, checkpoints, tracker. On other ranks the same calls do nothing."""
 
 import time
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Event
 from types import TracebackType
 from typing import Any, Self
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import config_values, digest_config
-from mim_scale.errors import CheckpointError, StoreError
+from mim_scale.errors import StoreError
 from mim_scale.methods.method import Preview
 from mim_scale.store.geometry import Spacing3
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
+from mim_scale.training.checkpoint_write import Share, write_share
+from mim_scale.training.guards import Guards
 from mim_scale.training.journal import Journal, read_journal
 from mim_scale.training.run_folder import (
     CHECKPOINTS,
@@ -115,8 +118,16 @@ class Records:
         if self._journal is not None:
             self._journal.write(kind, step, time=time.time(), **values)
 
-    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Publish a checkpoint of the state after `step` updates; rank 0 only.
+    def recall_guards(self, start: StartingPoint) -> Guards:
+        """What the run's guards knew where it is taken up; rank 0 only, others get guards that know nothing."""
+        guards = Guards(self._config.guards)
+        if self._journal is not None and start.checkpoint is not None:
+            updates = int(start.checkpoint.record.get("updates", start.step))
+            guards.recall(read_journal(self._journal.path), start.step, updates)
+        return guards
+
+    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
+        """Publish a checkpoint of the state after `step` steps, `updates` of them made; rank 0 only.
 
         Raises:
             CheckpointError: the disk does not take it; the checkpoints before it are untouched.
@@ -125,23 +136,16 @@ class Records:
             return
         facts = {
             "position": step * self._config.train.batch,
+            "updates": updates,
             "config": config_values(self._config),
             "config_digest": digest_config(self._config),
             "fingerprint": self._fingerprint,
             "spacing_mm": self._spacing_mm,
             "world": self._world,
         }
-        try:
-            self._journal.sync()
-            self._checkpoints.save(step, weights, moments, facts)
-        except (OSError, SafetensorError) as error:
-            # The library wraps a full disk in an error of its own.
-            self._checkpoints.remove_leftovers()
-            raise CheckpointError(
-                f"{self._checkpoints.path}: the checkpoint of step {step} was not saved: "
-                f"{getattr(error, 'strerror', None) or ' '.join(str(error).split())}; "
-                "make room, then start the same command again"
-            ) from None
+        tensors = {"weights": weights, "moments": moments}
+        share = Share(step, uuid.uuid4().hex[:8], 0, 1, tensors, facts, self._journal.sync)
+        write_share(self._checkpoints, share, Event())
 
     def draw(self, previews: Sequence[tuple[Sequence[str], Preview]]) -> None:
         """Write pictures of (volume keys, preview) and the loss curve into `pictures/`; rank 0 only."""

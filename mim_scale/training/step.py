@@ -12,6 +12,7 @@ from mim_scale.errors import DivergedError, MimScaleError
 from mim_scale.streaming.batch import Batch
 from mim_scale.streaming.device import to_device
 from mim_scale.training.engine import Engine
+from mim_scale.training.guards import NOT_FINITE, NOT_FINITE_GRADIENT, Guards
 from mim_scale.training.ranks import Ranks
 from mim_scale.training.stop import StopRequest
 
@@ -26,6 +27,12 @@ class StepMetrics:
     """Before clipping."""
     wait_s: float
     """The longest time that a rank waited for data."""
+    noteworthy: str
+    """Why the step was left out or is a spike; empty for most."""
+    is_left_out: bool
+    """Whether no update was made."""
+    volumes: tuple[str, ...]
+    """Keys of a noteworthy step's volumes, where it can be told of those that made it so."""
     is_stop_asked: bool
     """Whether a rank was asked to stop."""
 
@@ -38,15 +45,16 @@ def train_step(
     learning_rate: float,
     ranks: Ranks,
     stop: StopRequest,
+    guards: Guards,
 ) -> StepMetrics:
-    """Make one optimizer update from the next `count` micro-batches of every rank.
+    """Make one optimizer update from the next `count` micro-batches of every rank, or leave it out on all of them.
 
     Losses are exchanged before the update, so that no rank updates when one of them has diverged; they are summed in
     rank order.
 
     Raises:
         MimScaleError: what the stream met, on this or another rank.
-        DivergedError: a loss or the gradient is not finite; names the step and the volumes.
+        DivergedError: more steps in a row than `guards` allows had a loss or gradient that is not finite.
     """
     engine.set_rates(learning_rate)
     wait_s, sums = 0.0, torch.zeros(0)
@@ -63,15 +71,25 @@ def train_step(
         keys += batch.keys
     table = ranks.gather([*(sums.cpu() / count).tolist(), wait_s, float(stop.is_set)])
     means = [math.fsum(column) / ranks.world for column in table.T]
-    if not all(map(math.isfinite, means)):
-        _refuse(step, "the loss is not finite", keys, [bool(math.isfinite(sum(row))) for row in table], ranks)
-    grad_norm = engine.update()
-    if not math.isfinite(grad_norm):
-        _refuse(step, "the gradient is not finite", keys, [False] * ranks.world, ranks)
+    told = dict(zip(names, means, strict=False))
+    # Parts too: one that is not finite is a weight away from the loss.
+    reason = guards.judge(told["loss"] if all(map(math.isfinite, means)) else math.nan)
+    is_suspect = [not math.isfinite(sum(row)) for row in table] if reason == NOT_FINITE else [True] * ranks.world
+    is_left_out = guards.leaves_out(reason)
+    grad_norm = engine.update(leave_out=is_left_out)
+    if not is_left_out and not math.isfinite(grad_norm):
+        reason, is_left_out = NOT_FINITE_GRADIENT, True
+    volumes = _volumes(keys, is_suspect, ranks) if reason else ()
+    guards.note(told["loss"], reason if is_left_out else "")
+    if guards.has_enough:
+        _refuse(step, reason, volumes, guards.in_a_row, ranks)
     return StepMetrics(
-        losses=dict(zip(names, means, strict=False)),
+        losses=told,
         grad_norm=grad_norm,
         wait_s=float(table[:, -2].max()),
+        noteworthy=reason,
+        is_left_out=is_left_out,
+        volumes=volumes,
         is_stop_asked=bool(table[:, -1].any()),
     )
 
@@ -87,13 +105,20 @@ def _next_on_all(batches: Iterator[Batch], ranks: Ranks) -> Batch:
     return batch
 
 
-def _refuse(step: int, what: str, keys: list[str], is_finite: Sequence[bool], ranks: Ranks) -> NoReturn:
-    """End all ranks with one message that names the volumes of the ranks that diverged."""
+def _volumes(keys: list[str], is_suspect: Sequence[bool], ranks: Ranks) -> tuple[str, ...]:
+    """What the suspect ranks computed on, of all micro-batches of the step."""
     held = ranks.gather_objects(keys)
-    suspects = sorted({key for rank_keys, fine in zip(held, is_finite, strict=True) if not fine for key in rank_keys})
+    return tuple(
+        sorted({key for rank_keys, suspect in zip(held, is_suspect, strict=True) if suspect for key in rank_keys})
+    )
+
+
+def _refuse(step: int, what: str, volumes: Sequence[str], in_a_row: int, ranks: Ranks) -> NoReturn:
+    """End all ranks with one message."""
+    before = f", as {in_a_row - 1} steps before it" if in_a_row > 1 else ""
     ranks.fail(
         DivergedError(
-            f"step {step + 1}: {what} on volumes {', '.join(suspects)}; the last checkpoint is from before it: "
-            "lower optimizer.learning_rate, or set optimizer.clip_norm, in a new output folder"
+            f"step {step + 1}: {what} on volumes {', '.join(volumes)}{before}; weights and checkpoints are from before "
+            "it: lower optimizer.learning_rate, or set optimizer.clip_norm, in a new output folder"
         )
     )

@@ -54,7 +54,7 @@ def metrics_of(row: dict[str, Any]) -> dict[str, float]:
     flat: dict[str, float] = {}
     for name, value in row.items():
         if isinstance(value, dict):
-            flat.update({f"{name}/{inner}": float(number) for inner, number in value.items()})
+            flat.update({f"{name}/{inner}": float(number) for inner, number in value.items() if number is not None})
         elif isinstance(value, int | float) and name not in ("step", "time"):
             flat[name] = float(value)
     return flat

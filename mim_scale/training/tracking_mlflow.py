@@ -41,7 +41,7 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 """MLflow's own settings, where the user has set none: the journal is patient, so a call need not be."""
-KINDS = {"step": "loss", "held_out": "held_out/loss"}
+KINDS = {"step": "position", "held_out": "held_out/loss"}
 """Kinds of journal rows that are sent, each with a metric that tells which steps MLflow already has."""
 
 
