@@ -21,6 +21,7 @@ from pathlib import Path
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import load_config
 from mim_scale.errors import MimScaleError, exit_with
+from mim_scale.training.exit_report import tell_supervisor
 from mim_scale.training.placement import read_placement
 from mim_scale.training.stop import StopRequest
 
@@ -39,6 +40,7 @@ def main() -> int:
     )
     arguments = parser.parse_args()
     placement = read_placement(os.environ)
+    tell_supervisor(os.environ, rank=placement.rank)
     try:
         config = load_config(PretrainConfig, arguments.config, arguments.overrides)
     except MimScaleError as error:
@@ -52,6 +54,7 @@ def main() -> int:
             # Rank 0 has no such error: this machine differs.
             print(f"error: rank {placement.rank} on {socket.gethostname()}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    tell_supervisor(os.environ, output=str(Path(config.output).absolute()))
     # One thread a rank, set before torch is imported: numbers must not depend on how many cores a machine has.
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
@@ -66,4 +69,4 @@ def main() -> int:
 
 if __name__ == "__main__":
     # Gloo's threads outlive their process group and were seen to abort a rank (code -6) whose run had ended well.
-    exit_with(main, skip_teardown=True)
+    exit_with(main, skip_teardown=True, tell=lambda code: tell_supervisor(os.environ, code=code))

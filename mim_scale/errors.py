@@ -111,13 +111,17 @@ def host_error(error: OSError) -> HostError | None:
     return HostError(f"{where}{error.strerror or error}; mend that and start again")
 
 
-def exit_with(main: Callable[[], int], skip_teardown: bool = False) -> NoReturn:
+def exit_with(
+    main: Callable[[], int], skip_teardown: bool = False, tell: Callable[[int], None] | None = None
+) -> NoReturn:
     """Run main and end the process with its code; a user's mistake is one line, our bug a traceback.
 
     `skip_teardown` leaves without taking the interpreter down: for programs whose libraries keep threads that may abort
-    the process when they meet a dying interpreter, after all work is done and saved.
+    the process when they meet a dying interpreter, after all work is done and saved. `tell` is called with the code.
     """
     code = _code_of(main)
+    if tell is not None:
+        tell(code)
     if skip_teardown:
         # All is said and done: an impatient second Ctrl-C must not turn the code into another.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

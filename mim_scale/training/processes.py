@@ -1,0 +1,51 @@
+"""Processes and what came of them, on Linux: who descends from whom, and an end for all of them.
+
+A subreaper becomes the parent of every descendant whose own parent has died, in whatever session or process group it
+lives; so what a launcher leaves behind is always found among the children of the process that watches over it.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+from pathlib import Path
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def adopt_orphans() -> None:
+    """Make this process the one that orphans among its descendants are given to.
+
+    Raises:
+        OSError: this system has no such thing; Linux does.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "prctl") or libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0):
+        raise OSError("processes can be supervised on Linux only")
+
+
+def descendants(pid: int) -> list[int]:
+    """Children of a process, their children, and so on; nearest first."""
+    children: dict[int, list[int]] = {}
+    for entry in Path("/proc").iterdir():
+        # A process may end while it is looked at.
+        with contextlib.suppress(OSError, ValueError):
+            # The name, in brackets, may hold anything; the parent stands two words after it.
+            parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            children.setdefault(parent, []).append(int(entry.name))
+    found = [pid]
+    for one in found:
+        found += children.get(one, [])
+    return found[1:]
+
+
+def end_descendants() -> None:
+    """Kill every descendant of this process, which has adopted orphans, and wait until none is left."""
+    while True:
+        for pid in descendants(os.getpid()):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        try:
+            os.waitpid(-1, 0)
+        except ChildProcessError:
+            return

@@ -1,0 +1,1 @@
+"""What schedulers start: supervisor, batch scripts, manifests, images."""

@@ -1,0 +1,73 @@
+"""Real runs of two ranks under the supervisor: killed, they end with the weights of a run that nothing happened to."""
+
+import signal
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.launch.runs import LIMIT_S, arguments, assert_same_end, losses, ranks, small_run, until
+from tests.launch.test_supervise import ended, family, gone, supervised
+from tests.training.jobs import deepspeed, python, run, torchrun
+
+pytestmark = [pytest.mark.dist, pytest.mark.launcher]
+
+
+def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
+    config = small_run(tmp_path)
+    output, straight = tmp_path / "run", tmp_path / "straight"
+    with supervised(*python(), *arguments(config, output)) as job:
+        until(lambda: len(losses(output)) >= 3, lambda: job.poll() is None)
+        ranks(job.pid)[0].kill()
+        code, lines = ended(job, LIMIT_S)
+    assert code == 0, lines
+    assert len(lines) == 1
+    assert lines[0].startswith("supervisor: no rank ended by itself, the launcher with 137; starting again in 1 s (")
+    assert run([*python(), *arguments(config, straight)]).returncode == 0
+    assert_same_end(output, straight)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
+def test_rank_launcher_and_supervisor_killed(launcher: Callable[[int], list[str]], tmp_path: Path) -> None:
+    config = small_run(tmp_path, steps=40, engine="deepspeed")
+    output, straight = tmp_path / "run", tmp_path / "straight"
+
+    def go_on(job: subprocess.Popen[str], steps: int = 3) -> list[psutil.Process]:
+        before = len(losses(output))
+        until(lambda: len(losses(output)) >= before + steps, lambda: job.poll() is None)
+        found = ranks(job.pid)
+        assert len(found) == 2
+        return found
+
+    with supervised(*launcher(2), *arguments(config, output)) as job:
+        go_on(job)[1].kill()
+        found = go_on(job)
+        found[0].parent().kill()
+        assert gone(found)
+        go_on(job)
+        everyone = family(job)
+        job.kill()
+        assert gone(everyone)
+    with supervised(*launcher(2), *arguments(config, output)) as job:
+        go_on(job)
+        job.send_signal(signal.SIGTERM)
+        code, lines = ended(job, LIMIT_S)
+        assert (code, lines) == (75, ["supervisor: asked to stop by SIGTERM: the same command goes on"])
+    assert len(losses(output)) < 40, "the kills came too late to mean anything"
+    with supervised(*launcher(2), *arguments(config, output)) as job:
+        assert ended(job, LIMIT_S) == (0, [])
+    assert run([*launcher(2), *arguments(config, straight)]).returncode == 0
+    assert_same_end(output, straight)
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("launcher", [torchrun, deepspeed])
+def test_a_mistake_under_launchers(launcher: Callable[[int], list[str]], tmp_path: Path) -> None:
+    config = small_run(tmp_path)
+    with supervised(*launcher(2), *arguments(config, tmp_path / "run"), "train.stepz=3") as job:
+        code, lines = ended(job, LIMIT_S)
+    assert code == 2
+    assert lines[-1] == "supervisor: rank 0 ended with 2; not started again"
