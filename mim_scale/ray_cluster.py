@@ -10,6 +10,7 @@ import secrets
 import shutil
 import socket
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from mim_scale.errors import ClusterError
 
 KNOCK_LIMIT_S = 10.0
 """How long the head named by RAY_ADDRESS may take to answer at all."""
+JOIN_LIMIT_S = 300.0
+"""How long the nodes of one job may start apart."""
 
 
 def _set_environment() -> None:
@@ -66,6 +69,22 @@ def ray_cluster(num_cpus: int | None = None) -> Iterator[str]:
         ray.shutdown()
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def wait_for_nodes(count: int, limit_s: float = JOIN_LIMIT_S) -> None:
+    """Return once so many nodes have joined the cluster that this process is in.
+
+    Raises:
+        ClusterError: fewer have, after the limit.
+    """
+    until = time.monotonic() + limit_s
+    while (found := sum(node["Alive"] for node in ray.nodes())) < count:
+        if time.monotonic() > until:
+            raise ClusterError(
+                f"{found} of {count} nodes joined the Ray cluster within {limit_s:.0f} s: look at what `ray start` "
+                "said on the others"
+            )
+        time.sleep(0.5)
 
 
 def _join(address: str) -> None:
