@@ -105,6 +105,9 @@ class GuardsConfig(Section):
     """A step whose loss or gradient is not finite is left out, on all ranks alike; more of them in a row end a run."""
     spikes: Literal["tell", "skip"] = "tell"
     """A step whose loss stands 6 deviations above the last 128 is told with its volumes, or left out as well."""
+    hang_s: Annotated[float, Field(ge=1)] | None = None
+    """How long a rank may stand still in a step before all end, to be started again; null for four times its longest
+    pause so far, at least 20 s (alone 120 s)."""
 
 
 class CheckpointConfig(Section):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
@@ -36,6 +37,7 @@ from mim_scale.training.records import Records, StartingPoint
 from mim_scale.training.schedule import learning_rate
 from mim_scale.training.step import StepMetrics, train_step
 from mim_scale.training.stop import StopRequest
+from mim_scale.training.watchdog import Watchdog, watched
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,7 @@ class _Run:
     progress: Progress
     stop: StopRequest
     guards: Guards
+    watchdog: Watchdog
 
 
 def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
@@ -71,14 +74,18 @@ def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
     stop = stop or StopRequest()
     if stop.signal is not None:
         return EXIT_REQUEUE
-    with joined(read_placement(os.environ)) as ranks:
-        code = _pretrain(config, ranks, stop)
+    placement = read_placement(os.environ)
+    with (
+        joined(placement) as ranks,
+        watched(ranks, placement.address, Path(config.output), config.guards.hang_s) as watchdog,
+    ):
+        code = _pretrain(config, ranks, stop, watchdog)
         # Leave together: a launcher ends the others as soon as one is gone, and rank 0 may have rows to send yet.
         ranks.gather([0.0])
         return code
 
 
-def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
+def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog: Watchdog) -> int:
     # 1. The batch fits the ranks, the store is whole and the same everywhere, the split leaves something to train on.
     train = config.train
     ranks.together(lambda: micro_batches(0, train.batch, train.micro_batch, ranks.rank, ranks.world))
@@ -121,7 +128,7 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest) -> int:
             resources.enter_context(ray_for_ranks(config.data, ranks))
             held_out = HeldOut(config, dataset, held_rows, ranks)
             records.begin(start.step)
-            run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards)
+            run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards, watchdog)
             return _train(run, start)
 
 
@@ -135,14 +142,16 @@ def _train(run: _Run, start: StartingPoint) -> int:
             began = time.perf_counter()
             rate = learning_rate(step, run.config.optimizer, train)
             count = accumulation(run.config, run.ranks)
-            metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop, run.guards)
+            metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop, run.guards, run.watchdog)
             _tell(run, step, rate, metrics, time.perf_counter() - began)
+            run.watchdog.arm()
             done = step + 1
             if not metrics.is_stop_asked or done == train.steps:
                 _measure(run, done)
             if done == train.steps:
                 # Before the last save: a run whose last checkpoint stands has its pictures too.
-                run.records.draw(run.held_out.previews(run.engine.module))
+                with run.watchdog.patient("drawing"):
+                    run.records.draw(run.held_out.previews(run.engine.module))
             if metrics.is_stop_asked or done % run.config.checkpoint.every == 0 or done == train.steps:
                 _save(run, done)
             if metrics.is_stop_asked and done < train.steps:
@@ -200,7 +209,8 @@ def _finite(value: float) -> float | None:
 def _measure(run: _Run, step: int) -> None:
     if not run.held_out.is_due(step):
         return
-    values = run.held_out.measure(run.engine.module)
+    with run.watchdog.patient("measuring held-out samples"):
+        values = run.held_out.measure(run.engine.module)
     if not math.isfinite(math.fsum(values.values())):
         run.ranks.fail(
             DivergedError(
@@ -226,8 +236,9 @@ def _share(loss: float, trivial: float) -> str:
 
 
 def _save(run: _Run, step: int) -> None:
-    weights, moments = run.engine.state()
-    run.ranks.together(lambda: run.records.save(step, weights, moments, run.guards.updates))
+    with run.watchdog.patient("saving"):
+        weights, moments = run.engine.state()
+        run.ranks.together(lambda: run.records.save(step, weights, moments, run.guards.updates))
 
 
 def _refuse_other_copy(dataset: Dataset, expected: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mim_scale.commit import write_file
 from mim_scale.config import PretrainConfig
-from mim_scale.config_file import check_config, config_values, dump_config, load_config
+from mim_scale.config_file import CHOOSERS, check_config, config_values, dump_config, load_config
 from mim_scale.errors import CheckpointError, ConfigError
 
 CONFIG = "config.yaml"
@@ -35,6 +35,7 @@ MAY_CHANGE = (
     "checkpoint.",
     "held_out.every",
     "tracking.",
+    "guards.hang_s",
 )
 """Settings that may differ when a run goes on: they change time, place and memory, not results.
 
@@ -101,7 +102,8 @@ def refuse_other_run(earlier: PretrainConfig, config: PretrainConfig, where: str
         ConfigError: a setting that changes results differs; names it with both values.
     """
     before, now = flatten(config_values(earlier)), flatten(config_values(config))
-    for key in sorted(before.keys() | now.keys()):
+    # Another method or backbone has other settings: name that one first.
+    for key in sorted(before.keys() | now.keys(), key=lambda key: (key.rpartition(".")[2] not in CHOOSERS, key)):
         if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE):
             raise ConfigError(
                 f"{key} is {now.get(key)!r}, but the run was begun with {before.get(key)!r} ({where}), and it changes "

@@ -15,6 +15,7 @@ from mim_scale.training.engine import Engine
 from mim_scale.training.guards import NOT_FINITE, NOT_FINITE_GRADIENT, Guards
 from mim_scale.training.ranks import Ranks
 from mim_scale.training.stop import StopRequest
+from mim_scale.training.watchdog import EXCHANGE, Watchdog
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ def train_step(
     ranks: Ranks,
     stop: StopRequest,
     guards: Guards,
+    watchdog: Watchdog,
 ) -> StepMetrics:
     """Make one optimizer update from the next `count` micro-batches of every rank, or leave it out on all of them.
 
@@ -62,13 +64,15 @@ def train_step(
     names: list[str] = []
     for index in range(count):
         start = time.perf_counter()
-        batch = _next_on_all(batches, ranks)
+        batch = _next_on_all(batches, ranks, watchdog)
         wait_s += time.perf_counter() - start
+        watchdog.beat("computing")
         losses = engine.forward_backward(to_device(batch, ranks.device), last=index == count - 1)
         names = list(losses)
         values = torch.stack([value.double() for value in losses.values()])
         sums = values if index == 0 else sums + values
         keys += batch.keys
+    watchdog.beat(EXCHANGE)
     table = ranks.gather([*(sums.cpu() / count).tolist(), wait_s, float(stop.is_set)])
     means = [math.fsum(column) / ranks.world for column in table.T]
     told = dict(zip(names, means, strict=False))
@@ -76,6 +80,7 @@ def train_step(
     reason = guards.judge(told["loss"] if all(map(math.isfinite, means)) else math.nan)
     is_suspect = [not math.isfinite(sum(row)) for row in table] if reason == NOT_FINITE else [True] * ranks.world
     is_left_out = guards.leaves_out(reason)
+    watchdog.beat("the update")
     grad_norm = engine.update(leave_out=is_left_out)
     if not is_left_out and not math.isfinite(grad_norm):
         reason, is_left_out = NOT_FINITE_GRADIENT, True
@@ -94,13 +99,15 @@ def train_step(
     )
 
 
-def _next_on_all(batches: Iterator[Batch], ranks: Ranks) -> Batch:
+def _next_on_all(batches: Iterator[Batch], ranks: Ranks, watchdog: Watchdog) -> Batch:
     """The next batch; if a rank's stream failed, all ranks end before one of them waits in a reduction."""
+    watchdog.beat("reading data")
     try:
         batch = next(batches)
     except MimScaleError as error:
         ranks.agree(error)
         raise
+    watchdog.beat(EXCHANGE)
     ranks.agree(None)
     return batch
 
