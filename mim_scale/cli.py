@@ -14,6 +14,7 @@ from mim_scale.errors import ConfigError, exit_with
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
 from mim_scale.streaming.peek_commands import add_peek
 from mim_scale.training.estimate_commands import add_estimate
+from mim_scale.training.status_commands import add_status
 
 _SOURCE = "a folder, a list of paths or addresses, s3://BUCKET/PREFIX, or the address of one file"
 
@@ -56,6 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_data_verbs(data)
 
     add_estimate(verbs)
+    add_status(verbs)
     add_bench(verbs)
 
     export = verbs.add_parser("export", help="write a run's encoder as safetensors + config.json")
