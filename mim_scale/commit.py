@@ -1,29 +1,28 @@
 """The one way bytes that must survive reach the disk: beside, fsync, rename, fsync of the folder.
 
-A reader sees the old thing or the new thing, never half of one, whatever instant the process dies at.
+A reader sees the old thing or the new thing, never half of one, whatever instant the process dies at, whatever the disk
+refuses, and where the power fails: tests/faults tries every operation of it.
 """
 
 import contextlib
-import ctypes
 import errno
 import hashlib
+import io
 import json
 import os
-import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from mim_scale import disk
 
 TEMPORARY = ".tmp-"
 """Names that start so are leftovers of a killed writer: readers ignore them, writers may delete them."""
 
 _UMASK = os.umask(0)
 os.umask(_UMASK)
-_HERE = -100
-"""AT_FDCWD: relative paths start at the working directory."""
-_RENAME_EXCHANGE = 2
-"""Flag of Linux's renameat2."""
+_BUFFER = 1 << 18
 
 
 def temporary_beside(final: Path) -> Path:
@@ -33,20 +32,47 @@ def temporary_beside(final: Path) -> Path:
 
 def sync_folder(folder: Path) -> None:
     """Make the names inside a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    disk.sync(folder)
 
 
-def sync_file(path: Path) -> None:
-    """Make the bytes of a file durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def make_folder(path: Path) -> None:
+    """Make a folder, and those above it, durably; one that is there stays."""
+    if not path.is_dir():
+        make_folder(path.parent)
+        try:
+            disk.mkdir(path)
+        except FileExistsError:
+            if not path.is_dir():
+                raise
+        disk.sync(path.parent)
+
+
+def new_folder(final: Path) -> Path:
+    """An empty folder under a temporary name, to be filled and published under its final one."""
+    make_folder(final.parent)
+    temporary = temporary_beside(final)
+    disk.mkdir(temporary)
+    return temporary
+
+
+def remove(path: Path) -> None:
+    """Delete a file, or a folder and what is in it; what cannot be deleted stays, and nothing is no error."""
+    if not os.path.lexists(path):
+        return
+    inside = [Path(root) / name for root, folders, files in os.walk(path, topdown=False) for name in files + folders]
+    for entry in (*inside, path):
+        with contextlib.suppress(OSError):
+            (disk.rmdir if entry.is_dir() and not entry.is_symlink() else disk.unlink)(entry)
+
+
+def write_all(file: io.FileIO, data: bytes | memoryview) -> None:
+    """Write all of the data, in as many pieces as the disk takes it."""
+    left = memoryview(data).cast("B")
+    while left:
+        written = disk.write(file, left)
+        if not written:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left = left[written:]
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -58,18 +84,77 @@ def write_file(path: Path, data: bytes) -> None:
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[BinaryIO]:
     """A file to write to; it replaces the one at `path` when the `with` ends well, else nothing happened."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = temporary_beside(path)
     try:
-        with open(temporary, "wb") as file:
+        with disk.create(temporary) as raw:
+            file = io.BufferedWriter(_Raw(raw), _BUFFER)
             yield file
             file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+            disk.fsync(raw)
+        disk.rename(temporary, path)
     finally:
         # A full disk must not be filled further by half-written files.
-        temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+        if temporary.exists():
+            with contextlib.suppress(OSError):
+                disk.unlink(temporary)
+    disk.sync(path.parent)
+
+
+class _Raw(io.RawIOBase):
+    """A file whose bytes go through `disk.write`."""
+
+    def __init__(self, file: io.FileIO) -> None:
+        self._file, self._size = file, 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data).cast("B")
+        write_all(self._file, view)
+        self._size += len(view)
+        return len(view)
+
+    def tell(self) -> int:
+        return self._size
+
+
+class Hashed(io.RawIOBase):
+    """Passes on what is written to a file, and knows its SHA-256: of what was meant, not of what is read back."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._digest = file, hashlib.sha256()
+
+    def writable(self) -> bool:
+        """It can be written to."""
+        return True
+
+    def write(self, data: Any) -> int:
+        """Write and hash."""
+        self._digest.update(data)
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        """Bytes written so far."""
+        return self._file.tell()
+
+    @property
+    def sha256(self) -> str:
+        """Of all that was written so far, as hex."""
+        return self._digest.hexdigest()
+
+
+def write_part(path: Path, pieces: Iterable[bytes | memoryview]) -> tuple[str, int]:
+    """Write a file, durably, into a folder that is not published yet; returns its SHA-256 as hex, and its bytes."""
+    digest, size = hashlib.sha256(), 0
+    with disk.create(path) as file:
+        for piece in pieces:
+            write_all(file, piece)
+            digest.update(piece)
+            size += len(piece)
+        disk.fsync(file)
+    return digest.hexdigest(), size
 
 
 def publish_folder(temporary: Path, final: Path) -> None:
@@ -80,53 +165,39 @@ def publish_folder(temporary: Path, final: Path) -> None:
     for root, _, names in os.walk(temporary):
         for name in names:
             # Some libraries write for the owner alone; what is handed over is as readable as other new files.
-            (Path(root) / name).chmod(0o666 & ~_UMASK)
-            sync_file(Path(root) / name)
-        sync_folder(Path(root))
+            disk.chmod(Path(root) / name, 0o666 & ~_UMASK)
+            disk.sync(Path(root) / name)
+        disk.sync(Path(root))
     replaced = temporary.with_name(temporary.name + "-replaced")
     while not _take_place(temporary, final):
         # No exchange on this file system: for an instant nothing has the final name.
-        shutil.rmtree(replaced, ignore_errors=True)
+        remove(replaced)
         with contextlib.suppress(FileNotFoundError):
-            os.replace(final, replaced)
-    sync_folder(final.parent)
+            disk.rename(final, replaced)
+    disk.sync(final.parent)
     for old in (temporary, replaced):
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
 
 
 def _take_place(temporary: Path, final: Path) -> bool:
     """Give a folder its final name; False where another thing has it and cannot be exchanged."""
     while True:
         try:
-            os.replace(temporary, final)
+            disk.rename(temporary, final)
             return True
         except OSError as error:
             if error.errno not in {errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR} or not os.path.lexists(temporary):
                 raise
         try:
-            return _exchange(temporary, final)
+            return disk.exchange(temporary, final)
         except FileNotFoundError:
             # Another process moved the old one away between the two calls.
             continue
 
 
-def _exchange(one: Path, other: Path) -> bool:
-    """Swap two names in one step; False where the system or the file system has no such call."""
-    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
-    if rename is None:
-        return False
-    if rename(_HERE, os.fsencode(one), _HERE, os.fsencode(other), _RENAME_EXCHANGE) == 0:
-        return True
-    code = ctypes.get_errno()
-    if code in {errno.ENOSYS, errno.EINVAL, errno.ENOTSUP}:
-        return False
-    raise OSError(code, os.strerror(code), str(other))
-
-
 def sha256_file(path: Path) -> str:
     """The SHA-256 of a file as hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return disk.digest(path)
 
 
 def sha256_values(values: Any) -> str:

@@ -10,7 +10,6 @@ import itertools
 import json
 import os
 import re
-import shutil
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import numpy as np
 import tensorstore as ts
 from numpy.typing import NDArray
 
-from mim_scale.commit import publish_folder, temporary_beside
+from mim_scale.commit import new_folder, publish_folder, remove
 from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store.array_format import (
     FORMAT_VERSION,
@@ -49,17 +48,15 @@ def write_volume(folder: Path, volume: Volume, levels: list[NDArray[np.int16]] |
         StoreError: the volume cannot be stored (check_volume says why).
     """
     check_volume(volume)
-    temporary = temporary_beside(folder)
-    shutil.rmtree(temporary, ignore_errors=True)
+    temporary = new_folder(folder)
     try:
-        temporary.mkdir(parents=True)
         metadata = group_metadata(volume.shape, volume.spacing_mm, volume.affine.ravel().tolist())
         (temporary / METADATA).write_bytes(metadata_bytes(metadata))
         for level, voxels in enumerate(levels or pyramid(volume)):
             _write_level(temporary / str(level), voxels)
         publish_folder(temporary, folder)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        remove(temporary)
     return folder_bytes(folder)
 
 

@@ -6,14 +6,15 @@ never half.
 
 import hashlib
 import json
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
+from mim_scale import disk
 from mim_scale.commit import has_seal, sealed, sha256_file, sha256_values, sync_folder, unsealed, write_file
 from mim_scale.errors import DamagedError, StoreError
 from mim_scale.store.array_format import FORMAT_VERSION
@@ -96,31 +97,53 @@ def commit_dataset(
         The dataset's fingerprint.
 
     Raises:
-        StoreError: no rows, or rows that are not in the order of their keys, each once.
+        StoreError: no rows, rows that are not in the order of their keys, each once, or a disk that refuses.
     """
-    tables = (MANIFEST, QUARANTINE, FINGERPRINTS)
-    _settle(path, tables)
-    count = _Counted(path)
-    write_rows(path / (MANIFEST + PENDING), count.volumes(rows))
-    write_quarantine(path / (QUARANTINE + PENDING), count.refused(quarantine))
-    write_fingerprints(path / (FINGERPRINTS + PENDING), fingerprints)
-    record = {
+    with _refusals_as_errors(path):
+        tables = (MANIFEST, QUARANTINE, FINGERPRINTS)
+        _settle(path, tables)
+        count = _Counted(path)
+        # Hashed as written: what a network file system reads back may be older.
+        files = {
+            MANIFEST: write_rows(path / (MANIFEST + PENDING), count.volumes(rows)),
+            QUARANTINE: write_quarantine(path / (QUARANTINE + PENDING), count.refused(quarantine)),
+            FINGERPRINTS: write_fingerprints(path / (FINGERPRINTS + PENDING), fingerprints),
+        }
+        record = _record(path, count, files, build_config_values)
+        write_file(path / RECORD, sealed(record)[0])
+        # From here on the new dataset stands: until these names are in place, readers find the tables by their hash.
+        sync_folder(path.parent)
+        _settle(path, tables)
+    return str(record["fingerprint"])
+
+
+@contextmanager
+def _refusals_as_errors(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise StoreError(
+            f"{error.filename or path}: {error.strerror or error}: the dataset was not committed to its end; "
+            "mend that, then run the same build again"
+        ) from None
+
+
+def _record(
+    path: Path, count: "_Counted", files: dict[str, str], build_config_values: dict[str, Any]
+) -> dict[str, Any]:
+    if not count.num_volumes:
+        raise StoreError(f"{path}: nothing to commit: no volume was stored ({count.num_quarantined} inputs refused)")
+    return {
         "format": "mim-scale dataset",
         "format_version": FORMAT_VERSION,
         "fingerprint": count.digest.hexdigest(),
         "num_volumes": count.num_volumes,
         "num_subjects": len(count.subjects),
         "num_quarantined": count.num_quarantined,
-        "files": {name: sha256_file(path / (name + PENDING)) for name in tables},
+        "files": files,
         "build_config": build_config_values,
         "build_config_digest": sha256_values(build_config_values),
     }
-    if not count.num_volumes:
-        raise StoreError(f"{path}: nothing to commit: no volume was stored ({count.num_quarantined} inputs refused)")
-    write_file(path / RECORD, sealed(record)[0])
-    # From here on the new dataset stands: until these names are in place, readers find the tables by their hash.
-    _settle(path, tables)
-    return str(record["fingerprint"])
 
 
 class _Counted:
@@ -161,7 +184,7 @@ def _settle(path: Path, names: tuple[str, ...]) -> None:
     for name in names:
         pending = path / (name + PENDING)
         if pending.is_file() and sha256_file(pending) == record["files"].get(name):
-            os.replace(pending, path / name)
+            disk.rename(pending, path / name)
     sync_folder(path)
 
 
@@ -252,7 +275,7 @@ def read_record(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise StoreError(f"{path}: no such store; make one with `mim-scale data build SOURCE {path}`")
     try:
-        return parse_record((path / RECORD).read_bytes(), path)
+        return parse_record(disk.read(path / RECORD), path)
     except FileNotFoundError:
         raise StoreError(
             f"{path}: has no commit record ({RECORD}): no store, or its build was interrupted; run `data build` again"

@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mim_scale.commit import new_file
+from mim_scale.commit import Hashed, new_file
 from mim_scale.errors import ConfigError, DamagedError
 from mim_scale.store.geometry import Size3, Spacing3, size3
 
@@ -148,24 +148,24 @@ _READ_BATCH = 128
 """Likewise while one is walked through, twice: as Python's objects they take ten times their bytes."""
 
 
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
+def write_rows(path: Path, rows: Iterable[Row]) -> str:
     """Replace the file by these rows, in the order in which they come: by key."""
-    _write(path, rows, _ROWS)
+    return _write(path, rows, _ROWS)
 
 
-def write_quarantine(path: Path, rows: Iterable[QuarantineRow]) -> None:
+def write_quarantine(path: Path, rows: Iterable[QuarantineRow]) -> str:
     """Replace the file by these rows, in the order in which they come: by source_key."""
-    _write(path, rows, _QUARANTINE)
+    return _write(path, rows, _QUARANTINE)
 
 
-def write_fingerprints(path: Path, rows: Iterable[FingerprintRow], key_check: str = "") -> None:
+def write_fingerprints(path: Path, rows: Iterable[FingerprintRow], key_check: str = "") -> str:
     """Replace the file by these rows, in the order in which they come: by key; it carries their digest.
 
     Args:
         key_check: of the key of the rows' pseudonyms, for a list that stands alone; in a store the record has it.
     """
     digest = _Digest(key_check)
-    _write(path, digest.passing(rows), _FINGERPRINTS, lambda: {_KEY_CHECK: key_check, _DIGEST: digest.hex})
+    return _write(path, digest.passing(rows), _FINGERPRINTS, lambda: {_KEY_CHECK: key_check, _DIGEST: digest.hex})
 
 
 def read_rows(path: Path) -> tuple[Row, ...]:
@@ -274,14 +274,17 @@ def _rank(seed: int, group: str) -> str:
 
 def _write(
     path: Path, rows: Iterable[Any], schema: pa.Schema, metadata: Callable[[], dict[str, str]] | None = None
-) -> None:
-    """`metadata` is asked once all rows are written."""
+) -> str:
+    """`metadata` is asked once all rows are written. Returns the SHA-256 of the file's bytes."""
     waiting = iter(rows)
-    with new_file(path) as file, pq.ParquetWriter(file, schema, compression="zstd") as writer:
-        while batch := list(islice(waiting, _BATCH)):
-            writer.write_table(pa.Table.from_pylist([asdict(row) for row in batch], schema=schema))
-        if metadata is not None:
-            writer.add_key_value_metadata(metadata())
+    with new_file(path) as file:
+        hashed = Hashed(file)
+        with pq.ParquetWriter(hashed, schema, compression="zstd") as writer:
+            while batch := list(islice(waiting, _BATCH)):
+                writer.write_table(pa.Table.from_pylist([asdict(row) for row in batch], schema=schema))
+            if metadata is not None:
+                writer.add_key_value_metadata(metadata())
+        return hashed.sha256
 
 
 def _iterate(

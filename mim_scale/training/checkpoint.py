@@ -1,56 +1,84 @@
 """Checkpoints that any number of ranks and any engine can load, and that are whole or absent.
 
 A checkpoint is a folder `step_00000100/` with `weights.safetensors` (fp32, by parameter name), `moments.safetensors`
-(fp32, by `name/exp_avg` and `name/exp_avg_sq`) and `run.json`, which is written last and names the hash of both. It is
-made under a temporary name and published by one rename. Rank 0 alone writes and chooses.
+(fp32, by `name/exp_avg` and `name/exp_avg_sq`) and `run.json`, which is written last and names size and hash of both.
+Where several ranks wrote it, each wrote whole tensors into files of its own: `weights-00000-of-00002.safetensors` and
+so on. It is made under a temporary name and published by one rename. Rank 0 alone publishes and chooses.
 """
 
+import functools
 import importlib.metadata
 import json
-import os
 import re
-import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
-from torch import Tensor
-
-from mim_scale.commit import TEMPORARY, publish_folder, sha256_file, sha256_values, temporary_beside, write_file
+from mim_scale import disk
+from mim_scale.commit import (
+    TEMPORARY,
+    has_seal,
+    publish_folder,
+    remove,
+    sealed,
+    sha256_file,
+    temporary_beside,
+    unsealed,
+    write_file,
+)
 from mim_scale.errors import CheckpointError, OtherVersionError
 
-FORMAT_VERSION = 1
-WEIGHTS = "weights.safetensors"
-MOMENTS = "moments.safetensors"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FORMAT_VERSION = 2
+READABLE = (1, 2)
+"""Version 1 has one file of each kind, hashes without sizes, and a record whose values are sealed, not its bytes."""
 RECORD = "run.json"
+KINDS = ("weights", "moments")
 VERSIONS_OF = ("mim-scale", "torch", "deepspeed", "numpy", "safetensors")
+
+Files = dict[str, dict[str, Any]]
+"""File name -> `sha256` and `bytes`."""
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose files were seen to have the hashes that its record names."""
+    """A checkpoint whose record is whole; `read_checkpoint` gives those whose files were seen to have its hashes."""
 
     path: Path
     record: dict[str, Any]
 
     @property
     def step(self) -> int:
-        """Updates made when it was saved; the next step to make."""
+        """Steps made when it was saved; the next step to make."""
         return int(self.record["step"])
 
-    def load(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and moments by name, on the CPU.
+    @property
+    def files(self) -> Files:
+        """What the record names, besides itself; version 1 told no sizes."""
+        return {
+            name: facts if isinstance(facts, dict) else {"sha256": facts}
+            for name, facts in self.record["files"].items()
+        }
+
+    def load(self) -> "tuple[dict[str, Tensor], dict[str, Tensor]]":
+        """Weights and moments by name, on the CPU, from however many files.
 
         Raises:
             CheckpointError: a file is unreadable.
         """
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        found: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
         try:
-            return load_file(self.path / WEIGHTS), load_file(self.path / MOMENTS)
+            for name in sorted(self.files):
+                found[re.split(r"[-.]", name)[0]].update(load_file(self.path / name))
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: became unreadable: {' '.join(str(error).split())}") from None
+        return found["weights"], found["moments"]
 
 
 class CheckpointFolder:
@@ -66,28 +94,35 @@ class CheckpointFolder:
         self._keep = keep
         self._verified: set[str] = set()
 
-    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], facts: dict[str, Any]) -> Path:
-        """Publish the state after `step` updates, then delete what is no longer kept.
+    def unfinished(self, step: int, token: str) -> Path:
+        """Where a checkpoint is put together; all its writers, and nobody else, share the token."""
+        return self.path / f"{TEMPORARY}{token}-{_name(step)}"
+
+    def publish(self, step: int, temporary: Path, files: Files, facts: dict[str, Any]) -> Path:
+        """Seal what lies in a folder as the checkpoint of a step, then delete what is no longer kept.
 
         Args:
-            step: Updates made so far.
-            weights: By parameter name.
-            moments: By `name/exp_avg` and `name/exp_avg_sq`.
+            step: Steps made so far.
+            temporary: Made by `unfinished`, every file in it written.
+            files: Size and hash of each.
             facts: What else the record tells: position, config, digest, fingerprint, world.
+
+        Raises:
+            CheckpointError: it is published, but an old one cannot be deleted.
+            OSError: it is not published.
         """
-        final = self.path / f"step_{step:08d}"
-        temporary = temporary_beside(final)
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        save_file(weights, temporary / WEIGHTS)
-        save_file(moments, temporary / MOMENTS)
-        files = {name: sha256_file(temporary / name) for name in (WEIGHTS, MOMENTS)}
+        final = self.path / _name(step)
         record = {"format_version": FORMAT_VERSION, "step": step, **facts, "versions": _versions(), "files": files}
-        record["digest"] = sha256_values(record)
-        write_file(temporary / RECORD, (json.dumps(record, indent=1) + "\n").encode())
+        write_file(temporary / RECORD, sealed(record)[0])
         publish_folder(temporary, final)
         self._verified.add(final.name)
-        self._forget_old()
+        try:
+            self._forget_old()
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path}: the checkpoint of step {step} is saved, but an older one cannot be deleted: "
+                f"{error.strerror}; mend that, then start the same command again"
+            ) from None
         return final
 
     def newest(self, tell: Callable[[str], None]) -> Checkpoint | None:
@@ -101,6 +136,7 @@ class CheckpointFolder:
         for folder in self.folders():
             try:
                 checkpoint = read_checkpoint(folder)
+                refuse_other_name(checkpoint)
             except OtherVersionError:
                 raise
             except CheckpointError as error:
@@ -128,7 +164,7 @@ class CheckpointFolder:
         if self.path.is_dir():
             for entry in self.path.iterdir():
                 if entry.name.startswith(TEMPORARY):
-                    shutil.rmtree(entry, ignore_errors=True)
+                    remove(entry)
 
     def _forget_old(self) -> None:
         good = 0
@@ -136,8 +172,8 @@ class CheckpointFolder:
             if good >= self._keep:
                 # Away from its name first: a kill in the middle of deleting must not leave half a checkpoint.
                 doomed = temporary_beside(folder)
-                os.replace(folder, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                disk.rename(folder, doomed)
+                remove(doomed)
             elif self._verifies(folder):
                 good += 1
 
@@ -151,34 +187,69 @@ class CheckpointFolder:
         return True
 
 
+def read_record(folder: Path) -> Checkpoint:
+    """The checkpoint in a folder as its record has it: that every file is there with its size is seen, hashes are not.
+
+    Raises:
+        CheckpointError: one line that says what is missing, damaged, or of another version.
+    """
+    try:
+        data = disk.read(folder / RECORD)
+        record = json.loads(data)
+    except FileNotFoundError:
+        raise CheckpointError(f"{folder}: has no {RECORD}: it was never finished, or is no checkpoint") from None
+    except (ValueError, RecursionError, OSError) as error:
+        raise CheckpointError(f"{folder}: {RECORD} is unreadable{_reason(error)}") from None
+    if not isinstance(record, dict) or not has_seal(record):
+        raise CheckpointError(f"{folder}: {RECORD} was changed after it was written")
+    if record.get("format_version") not in READABLE:
+        raise OtherVersionError(
+            f"{folder}: format version {record.get('format_version')}, this program reads "
+            f"{' and '.join(map(str, READABLE))}; go on with the program that wrote it, or choose another output"
+        )
+    if record["format_version"] != READABLE[0]:
+        try:
+            unsealed(data)
+        except ValueError:
+            raise CheckpointError(f"{folder}: {RECORD} was changed after it was written") from None
+    checkpoint = Checkpoint(folder, record)
+    for name, facts in checkpoint.files.items():
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: {name} is missing")
+        size = (folder / name).stat().st_size
+        if size != facts.get("bytes", size):
+            raise CheckpointError(f"{folder}: {name} has {size} bytes, {RECORD} names {facts['bytes']}")
+    return checkpoint
+
+
 def read_checkpoint(folder: Path) -> Checkpoint:
     """The checkpoint in a folder, its record and the hash of every file checked.
 
     Raises:
         CheckpointError: one line that says what is missing, damaged, or of another version.
     """
-    try:
-        record = json.loads((folder / RECORD).read_bytes())
-    except FileNotFoundError:
-        raise CheckpointError(f"{folder}: has no {RECORD}: it was never finished, or is no checkpoint") from None
-    except (ValueError, OSError):
-        raise CheckpointError(f"{folder}: {RECORD} is unreadable") from None
-    if not isinstance(record, dict) or record.pop("digest", None) != sha256_values(record):
-        raise CheckpointError(f"{folder}: {RECORD} was changed after it was written")
-    if record["format_version"] != FORMAT_VERSION:
-        raise OtherVersionError(
-            f"{folder}: format version {record['format_version']}, this program reads {FORMAT_VERSION}; go on with the "
-            "program that wrote it, or choose another output"
-        )
-    for name, expected in record["files"].items():
-        if not (folder / name).is_file():
-            raise CheckpointError(f"{folder}: {name} is missing")
-        if sha256_file(folder / name) != expected:
+    checkpoint = read_record(folder)
+    for name, facts in checkpoint.files.items():
+        try:
+            is_whole = sha256_file(folder / name) == facts["sha256"]
+        except OSError as error:
+            raise CheckpointError(f"{folder}: {name} is unreadable{_reason(error)}") from None
+        if not is_whole:
             raise CheckpointError(f"{folder}: {name} does not have the hash that {RECORD} names")
-    return Checkpoint(folder, record)
+    return checkpoint
 
 
-def check_fits(checkpoint: Checkpoint, weights: dict[str, Tensor], expected: dict[str, Sequence[int]]) -> None:
+def refuse_other_name(checkpoint: Checkpoint) -> None:
+    """Among the checkpoints of a run a folder's name is its step.
+
+    Raises:
+        CheckpointError: it has the name of another step.
+    """
+    if checkpoint.path.name != _name(checkpoint.step):
+        raise CheckpointError(f"{checkpoint.path}: holds step {checkpoint.step}: it was renamed")
+
+
+def check_fits(checkpoint: Checkpoint, weights: "dict[str, Tensor]", expected: dict[str, Sequence[int]]) -> None:
     """Compare a checkpoint's tensors with the shapes of the model that is to take them.
 
     Raises:
@@ -199,6 +270,16 @@ def check_fits(checkpoint: Checkpoint, weights: dict[str, Tensor], expected: dic
         )
 
 
+def _name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def _reason(error: Exception) -> str:
+    """What the system said, where it said something."""
+    return f" ({error.strerror})" if isinstance(error, OSError) and error.strerror else ""
+
+
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS_OF:

@@ -1,63 +1,61 @@
-"""A checkpoint is whole or absent: a crash at any operation of a save leaves the old or the new state, no third."""
+"""Checkpoints without a run: round trips in every layout, retention, damage of every kind (tests/faults: crashes)."""
 
 import json
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 
-from mim_scale import commit
+from mim_scale import commit, disk
 from mim_scale.errors import CheckpointError, OtherVersionError
 from mim_scale.training import checkpoint
-from mim_scale.training.checkpoint import MOMENTS, RECORD, WEIGHTS, CheckpointFolder, check_fits, read_checkpoint
+from mim_scale.training.checkpoint import RECORD, CheckpointFolder, check_fits, read_checkpoint
+from tests.training.checkpoints import assert_is, refuse_to_tell, save, state
 
-FACTS = {"position": 8, "config": {}, "config_digest": "d", "fingerprint": "f", "world": 1}
-
-
-def state(step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    weights = {"layer.weight": torch.full((3, 5), float(step)), "layer.bias": torch.arange(3.0)}
-    moments = {
-        f"{name}/{moment}": value + step for name, value in weights.items() for moment in ("exp_avg", "exp_avg_sq")
-    }
-    return weights, moments
-
-
-def save(folder: CheckpointFolder, *steps: int) -> None:
-    for step in steps:
-        folder.save(step, *state(step), FACTS)
+WEIGHTS, MOMENTS = "weights.safetensors", "moments.safetensors"
+FORMAT_1 = Path(__file__).parent / "checkpoint_format_1"
 
 
 def names(folder: CheckpointFolder) -> list[str]:
     return [path.name for path in folder.folders()]
 
 
-def refuse_to_tell(text: str) -> None:
-    raise AssertionError(text)
-
-
-def assert_is(found: checkpoint.Checkpoint | None, step: int) -> None:
-    assert found is not None
-    assert found.step == step
-    for loaded, expected in zip(found.load(), state(step), strict=True):
-        assert loaded.keys() == expected.keys()
-        assert all(torch.equal(loaded[name], expected[name]) for name in expected)
+def seal_again(path: Path, **changes: object) -> None:
+    """Change a record as a program of ours would write it."""
+    record = json.loads(path.read_text())
+    del record["digest"]
+    path.write_bytes(commit.sealed(record | changes)[0])
 
 
 def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     save(folder, 2, 4)
-    path = folder.path / "step_00000004" / RECORD
-    record = json.loads(path.read_text())
-    del record["digest"]
-    record["format_version"] = 2
-    record["digest"] = commit.sha256_values(record)
-    path.write_text(json.dumps(record))
-    with pytest.raises(OtherVersionError, match="format version 2, this program reads 1"):
+    seal_again(folder.path / "step_00000004" / RECORD, format_version=3)
+    with pytest.raises(OtherVersionError, match="format version 3, this program reads 1 and 2"):
         folder.newest(refuse_to_tell)
+
+
+def test_version_1_is_read() -> None:
+    found = CheckpointFolder(FORMAT_1, keep=2).newest(refuse_to_tell)
+    assert found is not None
+    assert (found.step, found.record["format_version"], found.record["world"]) == (3, 1, 1)
+    weights, moments = found.load()
+    assert torch.equal(weights["layer.weight"], torch.arange(15.0).reshape(3, 5))
+    assert torch.equal(weights["layer.bias"], torch.tensor([0.5, -1.0, 2.0]))
+    assert set(moments) == {f"{name}/{moment}" for name in weights for moment in ("exp_avg", "exp_avg_sq")}
+    assert torch.equal(moments["layer.bias/exp_avg"], weights["layer.bias"] * 0.1)
+
+
+@pytest.mark.parametrize("name", [WEIGHTS, MOMENTS, RECORD])
+def test_damage_to_version_1_is_found(tmp_path: Path, name: str) -> None:
+    shutil.copytree(FORMAT_1, tmp_path / "checkpoints")
+    flip(tmp_path / "checkpoints" / "step_00000003" / name, 0.4)
+    with pytest.raises(CheckpointError, match="none of 1 checkpoints is whole"):
+        CheckpointFolder(tmp_path / "checkpoints", keep=2).newest(lambda _: None)
 
 
 def test_round_trip_and_retention(tmp_path: Path) -> None:
@@ -68,118 +66,159 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder.path / "step_00000006").iterdir()) == [MOMENTS, RECORD, WEIGHTS]
     assert_is(folder.newest(refuse_to_tell), 100_000_000)
     record = json.loads((folder.path / "step_00000006" / RECORD).read_text())
-    assert record["format_version"] == 1
+    assert record["format_version"] == 2
     assert record["position"] == 8
     assert record["versions"]["torch"]
+    with safe_open(folder.path / "step_00000006" / WEIGHTS, "pt") as file:
+        assert set(file.keys()) == set(state(6)[0])
 
 
-class Crash(BaseException):
-    """The process dies here."""
+@pytest.mark.parametrize("count", [2, 3, 9])
+def test_written_by_several_ranks(tmp_path: Path, count: int) -> None:
+    """Also by more of them than there are tensors."""
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    save(folder, 1, 2, count=count)
+    assert_is(folder.newest(refuse_to_tell), 2)
+    files = sorted(path.name for path in (folder.path / "step_00000002").iterdir())
+    parts = [f"-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
+    assert files == sorted([*(kind + part for kind in ("weights", "moments") for part in parts), RECORD])
 
 
-class CrashAt:
-    """Wraps every operation that a save does on the disk, and dies before or after the n-th of them."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, number: int, after: bool) -> None:
-        self.number, self.after, self.count = number, after, 0
-        for module, name in (
-            (checkpoint, "save_file"),
-            (checkpoint, "write_file"),
-            (checkpoint, "sha256_file"),
-            (commit, "sync_file"),
-            (commit, "sync_folder"),
-            (os, "replace"),
-            (os, "fsync"),
-            (shutil, "rmtree"),
-            (Path, "mkdir"),
-        ):
-            monkeypatch.setattr(module, name, self.wrapped(getattr(module, name)))
-
-    def wrapped(self, operation: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> Any:
-            number, self.count = self.count, self.count + 1
-            if number == self.number and not self.after:
-                raise Crash
-            result = operation(*arguments, **options)
-            if number == self.number:
-                raise Crash
-            return result
-
-        return call
+def cut(path: Path, share: float) -> None:
+    os.truncate(path, int(path.stat().st_size * share))
 
 
-def count_operations(tmp_path: Path) -> int:
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        folder = CheckpointFolder(tmp_path / "counted", keep=1)
-        save(folder, 1, 2)
-        counter = CrashAt(monkeypatch, -1, after=False)
-        save(folder, 3)
-    return counter.count
-
-
-@pytest.mark.parametrize("after", [False, True])
-def test_crash_at_every_operation_leaves_old_or_new(tmp_path: Path, after: bool) -> None:
-    total = count_operations(tmp_path)
-    assert total > 15
-    outcomes = []
-    for number in range(total):
-        path = tmp_path / f"crash_{after}_{number}"
-        save(CheckpointFolder(path, keep=1), 1)
-        with pytest.MonkeyPatch.context() as monkeypatch:
-            CrashAt(monkeypatch, number, after)
-            with pytest.raises(Crash):
-                save(CheckpointFolder(path, keep=1), 2)
-        # A new process: nothing is remembered but the disk.
-        again = CheckpointFolder(path, keep=1)
-        again.remove_leftovers()
-        assert all(entry.name.startswith("step_") for entry in path.iterdir())
-        found = again.newest(refuse_to_tell)
-        assert found is not None
-        assert_is(found, found.step)
-        outcomes.append(found.step)
-        save(again, 3)
-        assert names(again) == ["step_00000003"]
-    assert outcomes == sorted(outcomes), "once the new one stands it never falls back"
-    assert set(outcomes) == {1, 2}
-
-
-def flip(path: Path) -> None:
+def flip(path: Path, share: float) -> None:
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
+    data[min(int(len(data) * share), len(data) - 1)] ^= 1 << int(share * 100) % 8
     path.write_bytes(data)
 
 
-def truncate(path: Path) -> None:
-    os.truncate(path, path.stat().st_size // 2)
+def lengthen(path: Path) -> None:
+    with open(path, "ab") as file:
+        file.write(b" ")
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def swap(path: Path) -> None:
+    """With the same file of the checkpoint before."""
+    commit.disk.exchange(path, path.parent.with_name("step_00000002") / path.name)
+
+
+def dangle(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("nowhere")
+
+
+def put(data: bytes) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(data)
+
+
+ANY_FILE: dict[str, Callable[[Path], object]] = {
+    "missing": Path.unlink,
+    "empty": lambda path: cut(path, 0),
+    **{f"cut at {share:.0%}": lambda path, share=share: cut(path, share) for share in (0.01, 0.3, 0.6, 0.99)},
+    **{f"bit at {share:.0%}": lambda path, share=share: flip(path, share) for share in (0, 0.02, 0.2, 0.5, 0.8, 1)},
+    "longer": lengthen,
+    "a folder": make_folder,
+    "swapped": swap,
+    "a link to nowhere": dangle,
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+}
+RECORD_ONLY: dict[str, Callable[[Path], object]] = {
+    "{}": put(b"{}"),
+    "[1]": put(b"[1]"),
+    "no text": put(b"\xff"),
+    "brackets": put(b"[" * 100_000),
+    "null": put(b"null"),
+    "other spaces": lambda path: path.write_bytes(path.read_bytes().replace(b" ", b"  ")),
+    "a step more": lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"step": 4')),
+    "a version more": lambda path: path.write_bytes(path.read_bytes().replace(b'version": 2', b'version": 3')),
+}
 
 
 DAMAGES = [
-    *[(damage, name) for damage in (flip, truncate, Path.unlink) for name in (WEIGHTS, MOMENTS, RECORD)],
-    (lambda path: path.write_text("{}"), RECORD),
-    (lambda path: path.write_text("[1]"), RECORD),
-    (lambda path: path.write_bytes(b"\xff"), RECORD),
+    *[(name, file, damage) for name, damage in ANY_FILE.items() for file in (WEIGHTS, MOMENTS, RECORD)],
+    *[(name, RECORD, damage) for name, damage in RECORD_ONLY.items()],
+    ("the folder is empty", RECORD, lambda path: [entry.unlink() for entry in path.parent.iterdir()]),
+    ("the folder is a file", RECORD, lambda path: (shutil.rmtree(path.parent), path.parent.write_bytes(b""))),
+    ("the folder is a link to nowhere", RECORD, lambda path: (shutil.rmtree(path.parent), dangle_folder(path.parent))),
+    ("another step's, whole", RECORD, lambda path: copy_other(path.parent)),
 ]
 
 
-@pytest.mark.parametrize(("damage", "name"), DAMAGES)
-def test_damaged_one_is_named_and_skipped(tmp_path: Path, damage: Callable[[Path], None], name: str) -> None:
-    save(CheckpointFolder(tmp_path, keep=3), 1, 2, 3)
-    damage(tmp_path / "step_00000003" / name)
+def dangle_folder(path: Path) -> None:
+    path.symlink_to("nowhere")
+
+
+def copy_other(path: Path) -> None:
+    shutil.rmtree(path)
+    shutil.copytree(path.with_name("step_00000001"), path)
+
+
+@pytest.mark.parametrize(("name", "file", "damage"), DAMAGES, ids=[f"{file}: {name}" for name, file, _ in DAMAGES])
+def test_damaged_one_is_named_and_skipped(
+    tmp_path: Path, name: str, file: str, damage: Callable[[Path], object]
+) -> None:
+    save(CheckpointFolder(tmp_path, keep=4), 1, 2, 3)
+    damage(tmp_path / "step_00000003" / file)
     told: list[str] = []
     folder = CheckpointFolder(tmp_path, keep=2)
-    assert_is(folder.newest(told.append), 2)
-    assert len(told) == 1
+    # What is swapped with the one before damages both.
+    expected = 1 if name == "swapped" else 2
+    assert_is(folder.newest(told.append), expected)
+    assert len(told) == 3 - expected
+    assert all("\n" not in line and "checkpoint skipped: " in line for line in told)
     assert "step_00000003" in told[0]
     # The damaged one does not count as kept: two good ones remain, and the next save takes its name.
     save(folder, 3)
     assert_is(folder.newest(refuse_to_tell), 3)
-    assert names(folder) == ["step_00000003", "step_00000002"]
+    assert [path.name for path in folder.folders() if path.name != "step_00000002"] == ["step_00000003"] + [
+        "step_00000001"
+    ] * (name == "swapped")
+
+
+@pytest.mark.parametrize("file", [WEIGHTS, MOMENTS, RECORD])
+@pytest.mark.parametrize("operation", ["read", "digest"])
+def test_one_that_may_not_be_read_is_named_and_skipped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, operation: str
+) -> None:
+    """Permissions bind everybody but the superuser, as whom tests may run: the refusal is put in."""
+    save(CheckpointFolder(tmp_path, keep=3), 1, 2, 3)
+    real = getattr(disk, operation)
+
+    def refusing(path: Path) -> object:
+        if path == tmp_path / "step_00000003" / file:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(disk, operation, refusing)
+    told: list[str] = []
+    is_read = (file == RECORD) == (operation == "read")
+    assert_is(CheckpointFolder(tmp_path, keep=3).newest(told.append), 2 if is_read else 3)
+    assert [f"{file} is unreadable (Permission denied)" in line for line in told] == [True] * is_read
+
+
+@pytest.mark.parametrize("damage", ANY_FILE.values(), ids=list(ANY_FILE))
+def test_damage_to_a_share_is_named(tmp_path: Path, damage: Callable[[Path], object]) -> None:
+    folder = CheckpointFolder(tmp_path, keep=4)
+    save(folder, 1, 2, 3, count=2)
+    damage(tmp_path / "step_00000003" / "moments-00001-of-00002.safetensors")
+    told: list[str] = []
+    found = folder.newest(told.append)
+    assert found is not None
+    assert "moments-00001-of-00002.safetensors" in told[0]
+    assert_is(found, found.step)
 
 
 def test_damaged_ones_do_not_push_good_ones_out(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     save(folder, 1, 2)
-    flip(tmp_path / "step_00000002" / WEIGHTS)
+    flip(tmp_path / "step_00000002" / WEIGHTS, 0.5)
     again = CheckpointFolder(tmp_path, keep=2)
     save(again, 5)
     assert names(again) == ["step_00000005", "step_00000002", "step_00000001"]
@@ -189,28 +228,28 @@ def test_all_damaged_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path, keep=2)
     save(folder, 1, 2)
     for name in names(folder):
-        truncate(tmp_path / name / MOMENTS)
+        cut(tmp_path / name / MOMENTS, 0.5)
     with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
         CheckpointFolder(tmp_path, keep=2).newest(lambda text: None)
 
 
 def test_other_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
-    save(CheckpointFolder(tmp_path, keep=1), 1)
+    save(CheckpointFolder(tmp_path, keep=2), 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version 99, this program reads 1"):
+    with pytest.raises(CheckpointError, match="format version 99, this program reads 1 and 2"):
         read_checkpoint(tmp_path / "step_00000001")
 
 
 @pytest.mark.parametrize(
     ("shapes", "words"),
     [
-        ({"layer.weight": (3, 5)}, "the model has no layer.bias"),
+        ({"layer.weight": (3, 5), "scale": (), "none": (0, 4)}, "the model has no layer.bias"),
         ({"layer.weight": (3, 4), "layer.bias": (3,)}, r"layer.weight is \[3, 5\], the model's is \[3, 4\]"),
         ({"layer.weight": (3, 5), "layer.bias": (3,), "head": (1,)}, "has no tensor head"),
     ],
 )
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path, shapes: dict[str, tuple[int, ...]], words: str) -> None:
-    save(CheckpointFolder(tmp_path, keep=1), 1)
+    save(CheckpointFolder(tmp_path, keep=2), 1)
     with pytest.raises(CheckpointError, match=words):
         check_fits(read_checkpoint(tmp_path / "step_00000001"), state(1)[0], shapes)

@@ -16,6 +16,7 @@ from mim_scale.methods.build import build_method
 from mim_scale.training.checkpoint import CheckpointFolder
 from mim_scale.transfer.export import export, load_encoder
 from tests.models.small import random_masks, small_config
+from tests.training.checkpoints import save_state
 
 SPACING_MM = [[1.0, 0.5, 0.5], [2.0, 0.9, 0.9]]
 
@@ -29,7 +30,7 @@ def make_run(folder: Path, steps: tuple[int, ...] = (2, 4)) -> Path:
     for step in steps:
         method = trained(step)
         facts = {"config": config_values(small_config()), "fingerprint": "ab" * 32, "spacing_mm": SPACING_MM}
-        CheckpointFolder(folder / "checkpoints", keep=3).save(step, method.state_dict(), {}, facts)
+        save_state(CheckpointFolder(folder / "checkpoints", keep=3), step, method.state_dict(), {}, facts)
     return folder
 
 
@@ -183,7 +184,7 @@ def test_what_cannot_be_exported_is_one_line(run: Path, tmp_path: Path) -> None:
     method = trained(6)
     weights = {name: value for name, value in method.state_dict().items() if name != "encoder.norm.bias"}
     facts = {"config": config_values(small_config()), "fingerprint": "ab"}
-    CheckpointFolder(run / "checkpoints", keep=3).save(6, weights, {}, facts)
+    save_state(CheckpointFolder(run / "checkpoints", keep=3), 6, weights, {}, facts)
     with pytest.raises(CheckpointError, match=r"tensors of the encoder are missing \(norm\.bias\)"):
         export(run, target)
     assert not target.exists()
