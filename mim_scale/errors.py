@@ -8,7 +8,7 @@
     +-- CheckpointError      2   no checkpoint can be used, or it belongs to another run
     |   +-- OtherVersionError 2  a whole one, of another version of the format
     +-- ClusterError         2   Ray or the ranks cannot be reached or started
-    |   +-- LostRankError   75   another rank went away: start again
+    |   +-- LostRankError   75   another rank went away, or did not come: start again
     +-- HostError            2   the file system refused
     +-- StorageError         2   an object storage refused or cannot be reached
     |   +-- LostObjectError  2   one object is gone, or is not the one that was listed
@@ -80,7 +80,7 @@ class BugError(MimScaleError):
 
 
 class LostRankError(ClusterError):
-    """Another rank went away: what was saved stands, and the same command goes on from it."""
+    """Another rank went away, or did not come: what was saved stands, and the same command goes on from it."""
 
     exit_code = EXIT_REQUEUE
 

@@ -4,14 +4,20 @@ The deepspeed launcher and torchrun set RANK, WORLD_SIZE and LOCAL_RANK. srun se
 SLURM_LOCALID, from which the rest is derived. A process that nobody started in company is rank 0 of 1.
 """
 
+import fcntl
 import os
 import re
+import socket
+import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from mim_scale.errors import ClusterError
 
+INTERFACE = "GLOO_SOCKET_IFNAME"
+"""What gloo reads; by itself it looks a machine's own name up, which often means loopback, where nobody else answers."""
+SIOCGIFADDR = 0x8915
 FIRST_PORT = 20000
 NUM_PORTS = 20000
 
@@ -60,7 +66,10 @@ def read_placement(environment: Mapping[str, str]) -> Placement:
 
 @contextmanager
 def exported(placement: Placement) -> Iterator[None]:
-    """Set the five variables that libraries read, so that all of them see the same placement; put back at the end."""
+    """Set the five variables that libraries read, so that all of them see the same placement; put back at the end.
+
+    With company, gloo is told the network that leads to where the ranks meet, unless GLOO_SOCKET_IFNAME names one.
+    """
     variables = {
         "RANK": str(placement.rank),
         "WORLD_SIZE": str(placement.world),
@@ -68,6 +77,8 @@ def exported(placement: Placement) -> Iterator[None]:
         "MASTER_ADDR": placement.address,
         "MASTER_PORT": str(placement.port),
     }
+    if placement.world > 1 and INTERFACE not in os.environ and (interface := interface_towards(placement.address)):
+        variables[INTERFACE] = interface
     before = {name: os.environ.get(name) for name in variables}
     os.environ.update(variables)
     try:
@@ -78,6 +89,28 @@ def exported(placement: Placement) -> Iterator[None]:
                 del os.environ[name]
             else:
                 os.environ[name] = value
+
+
+def interface_towards(address: str) -> str | None:
+    """The network interface by which this machine reaches an address (IPv4); None where that cannot be told."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            # A datagram socket that connects sends nothing; the system chooses where it would.
+            probe.connect((address, 9))
+        except OSError:
+            return None
+        own = socket.inet_aton(probe.getsockname()[0])
+        # Addresses of loopback other than the first stand at no interface.
+        if own[0] == 127:
+            own = socket.inet_aton("127.0.0.1")
+        for _, name in socket.if_nameindex():
+            try:
+                request = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # it has no address
+            if request[20:24] == own:
+                return name
+    return None
 
 
 def _checked(placement: Placement) -> Placement:

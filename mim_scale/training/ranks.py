@@ -22,7 +22,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch._C._distributed_c10d import HashStore
 
-from mim_scale.errors import BugError, ClusterError, LostRankError, MimScaleError, host_error
+from mim_scale.errors import BugError, LostRankError, MimScaleError, host_error
 from mim_scale.training.placement import Placement, exported
 from mim_scale.training.stop import signals_end_the_process
 
@@ -148,7 +148,7 @@ def joined(placement: Placement) -> Iterator[Ranks]:
     """Meet the other ranks, choose the device, and part from them at the end.
 
     Raises:
-        ClusterError: the others did not come, or went away during the work.
+        LostRankError: the others did not come, or went away during the work.
     """
     device = _device(placement)
     with exported(placement), _deterministic(device):
@@ -177,7 +177,8 @@ def _meet(placement: Placement, device: torch.device) -> None:
         with signals_end_the_process():
             dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
     except (RuntimeError, ValueError) as error:
-        raise ClusterError(
+        # A machine that is being replaced is away for a while: whoever starts this again may meet it.
+        raise LostRankError(
             f"rank {placement.rank} of {placement.world} did not meet the others at "
             f"{placement.address}:{placement.port} from {socket.gethostname()}: {_short(error)}; "
             "check that all ranks started and that the port is open"

@@ -53,7 +53,8 @@ def judge(code: int, reports: Sequence[ExitReport], is_known_good: bool) -> Verd
     """
     told = [report for report in reports if report.code is not None]
     stands = next((report for report in told if report.code not in (0, EXIT_REQUEUE)), None)
-    if code == 0:
+    # DeepSpeed's launcher answers 0 when a part of its own was killed: what the ranks told counts.
+    if code == 0 and all(report.code == 0 for report in reports):
         return Verdict(False, 0, "done")
     if stands is not None:
         who = "a rank" if stands.rank < 0 else f"rank {stands.rank}"
@@ -68,7 +69,7 @@ def judge(code: int, reports: Sequence[ExitReport], is_known_good: bool) -> Verd
         why = f"all ranks ended in order ({EXIT_REQUEUE}: start again)"
     else:
         why = f"rank {killed} ended without a word" if told else "no rank ended by itself"
-    return Verdict(True, code, f"{why}, the launcher with {code}")
+    return Verdict(True, code or EXIT_REQUEUE, f"{why}, the launcher with {code}")
 
 
 class Supervisor:

@@ -8,10 +8,10 @@ from typing import Any
 
 import psutil
 import torch
-from safetensors.torch import load_file
 
 from mim_scale.training.journal import read_journal
 from tests.synthetic import make_dataset
+from tests.training.checkpoints import state_of
 from tests.training.jobs import PRETRAIN, write_config
 from tests.training.standin import small_config
 
@@ -59,9 +59,8 @@ def ranks(pid: int) -> list[psutil.Process]:
 def assert_same_end(output: Path, other: Path) -> None:
     """Bit for bit: weights, moments, losses."""
     steps = max(losses(other))
-    for name in ("weights.safetensors", "moments.safetensors"):
-        ours, theirs = (load_file(run / "checkpoints" / f"step_{steps:08d}" / name) for run in (output, other))
+    for ours, theirs in zip(state_of(output, steps), state_of(other, steps), strict=True):
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert losses(output) == losses(other)
     assert sorted(losses(output)) == list(range(1, steps + 1))

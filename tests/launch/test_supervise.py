@@ -99,6 +99,9 @@ KILLED, LOST, DONE = ExitReport(7, 1), ExitReport(8, 0, "run", 75), ExitReport(9
     ("code", "reports", "is_known_good", "may_help", "ends_with"),
     [
         (0, [DONE], False, False, 0),
+        (0, [], False, False, 0),
+        (0, [LOST, DONE], False, True, 75),
+        (0, [KILLED], False, True, 75),
         (247, [LOST, KILLED], False, True, 247),
         (1, [LOST, KILLED], False, True, 1),
         (137, [KILLED], False, True, 137),

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from mim_scale.errors import ClusterError
-from mim_scale.training.placement import Placement, exported, read_placement
+from mim_scale.training.placement import Placement, exported, interface_towards, read_placement
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
 SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567"}
@@ -68,3 +68,17 @@ def test_exported_variables_are_put_back(monkeypatch: pytest.MonkeyPatch) -> Non
         assert (os.environ["RANK"], os.environ["MASTER_PORT"]) == ("1", "77")
     assert os.environ["RANK"] == "old"
     assert "MASTER_PORT" not in os.environ
+
+
+def test_gloo_is_told_the_network_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine's own name may stand for loopback; tests/launch/test_two_nodes.py has machines where it means nothing."""
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    assert {interface_towards(address) for address in ("127.0.0.1", "localhost", "127.0.0.3")} == {"lo"}
+    assert interface_towards("no-such-host.invalid") is None
+    with exported(Placement(1, 2, 0, "127.0.0.1", 77)):
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "lo"
+    with exported(Placement(0, 1, 0, "127.0.0.1", 77)):
+        assert "GLOO_SOCKET_IFNAME" not in os.environ
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "ib0")
+    with exported(Placement(1, 2, 0, "127.0.0.1", 77)):
+        assert os.environ["GLOO_SOCKET_IFNAME"] == "ib0"
