@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from mim_scale.errors import ClusterError
 
 INTERFACE = "GLOO_SOCKET_IFNAME"
-"""What gloo reads; by itself it looks a machine's own name up, which often means loopback, where nobody else answers."""
+"""What gloo reads; by itself it looks the machine's own name up, which may mean loopback, where nobody else answers."""
 SIOCGIFADDR = 0x8915
 FIRST_PORT = 20000
 NUM_PORTS = 20000

@@ -71,7 +71,7 @@ def test_exported_variables_are_put_back(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_gloo_is_told_the_network_that_leads_to_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A machine's own name may stand for loopback; tests/launch/test_two_nodes.py has machines where it means nothing."""
+    """A machine's own name may stand for loopback; in tests/launch/test_two_nodes.py it means nothing at all."""
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
     assert {interface_towards(address) for address in ("127.0.0.1", "localhost", "127.0.0.3")} == {"lo"}
     assert interface_towards("no-such-host.invalid") is None
