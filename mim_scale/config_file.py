@@ -8,7 +8,7 @@ import json
 import re
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -126,12 +126,31 @@ def _refuse_unknown(section: type[BaseModel], values: Any, where: str, path: tup
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.5)
             hint = f"did you mean {'.'.join((*path, near[0]))}?" if near else f"known here: {', '.join(known)}"
             raise ConfigError(f"{where}: unknown key {'.'.join((*path, str(key)))}; {hint}")
-        inner = _chosen(_sections_in(known[key].annotation), value)
-        if inner is None:
+        annotation = known[key].annotation
+        sections, is_tuple = _sections_in(annotation), typing.get_origin(annotation) is tuple
+        if not sections or (value is None and type(None) in typing.get_args(annotation)):
             continue
-        items = enumerate(value) if isinstance(value, list) else [(None, value)]
+        items: Iterable[tuple[int | None, Any]] = [(None, value)]
+        if is_tuple:
+            items = enumerate(value) if isinstance(value, list) else []
         for index, item in items:
-            _refuse_unknown(inner, item, where, (*path, key if index is None else f"{key}.{index}"))
+            inside = (*path, key if index is None else f"{key}.{index}")
+            if not isinstance(item, dict):
+                raise ConfigError(f"{where}: {_no_section('.'.join(inside), item, sections)}")
+            inner = _chosen(sections, item)
+            if inner is not None:
+                _refuse_unknown(inner, item, where, inside)
+
+
+def _no_section(key: str, value: Any, sections: list[type[BaseModel]]) -> str:
+    """What to write where a bare value stands for a section."""
+    for chooser in CHOOSERS & sections[0].model_fields.keys() if len(sections) > 1 else ():
+        known = [name for one in sections for name in typing.get_args(one.model_fields[chooser].annotation)]
+        return (
+            f"{key} is {value!r}, but it has settings of its own: write {key}.{chooser}, and beside it what that one "
+            f"needs; known: {', '.join(known)}"
+        )
+    return f"{key} is {value!r}, but it has settings of its own: {', '.join(sections[0].model_fields)}"
 
 
 def _sections_in(annotation: Any) -> list[type[BaseModel]]:
@@ -145,13 +164,13 @@ def _sections_in(annotation: Any) -> list[type[BaseModel]]:
     return [section for argument in typing.get_args(annotation) for section in _sections_in(argument)]
 
 
-def _chosen(sections: list[type[BaseModel]], value: Any) -> type[BaseModel] | None:
+def _chosen(sections: list[type[BaseModel]], value: dict[str, Any]) -> type[BaseModel] | None:
     """Of several sections the one that the value names; None where it names none of them."""
-    if len(sections) <= 1:
-        return sections[0] if sections else None
+    if len(sections) == 1:
+        return sections[0]
     for section in sections:
         for name in CHOOSERS & section.model_fields.keys():
-            if isinstance(value, dict) and value.get(name) in typing.get_args(section.model_fields[name].annotation):
+            if value.get(name) in typing.get_args(section.model_fields[name].annotation):
                 return section
     return None
 
@@ -177,5 +196,6 @@ def _explain(error: ValidationError, where: str) -> str:
 
 
 def _path(location: tuple[int | str, ...]) -> list[str]:
-    """Where in the file: without the name of the chosen section, which follows the key of one that can be chosen."""
-    return [str(part) for index, part in enumerate(location) if not (index == 1 and location[0] in {"method", "model"})]
+    """Where in the file: without the chosen section's name, which follows its key, and without names of types."""
+    kept = [part for index, part in enumerate(location) if not (index == 1 and location[0] in {"method", "model"})]
+    return [str(part) for part in kept if isinstance(part, int) or part.isidentifier()]

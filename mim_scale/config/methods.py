@@ -73,6 +73,8 @@ class MaskInMaskConfig(_Method):
                 f"method.alignment_weights has {len(self.alignment_weights)} numbers: give one for each of the "
                 f"{levels - 1} pairs of neighbouring levels"
             )
+        if not any(self.level_weights) and (self.alignment == "none" or not any(self.alignment_weights)):
+            raise ValueError("every weight in method.level_weights is 0, and nothing else is learnt from: raise one")
         for level in range(levels):
             if not plan.num_hidden_cells(level)[0]:
                 raise ValueError(
@@ -121,9 +123,9 @@ class SimClrConfig(_Method):
             raise ValueError(
                 "method simclr compares two crops of a box: give plan.crop, and one level with views 2, hidden_ratio 0"
             )
-        if any(2 * crop < box for crop, box in zip(plan.crop, plan.box, strict=True)):
+        if any(2 * crop <= box for crop, box in zip(plan.crop, plan.box, strict=True)):
             raise ValueError(
-                f"plan.crop {list(plan.crop)} is less than half of plan.box {list(plan.box)}: two crops may show "
+                f"plan.crop {list(plan.crop)} is not more than half of plan.box {list(plan.box)}: two crops may show "
                 "nothing in common; take a larger crop or a smaller box"
             )
         if not plan.augment:

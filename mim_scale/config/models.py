@@ -21,6 +21,8 @@ class _Backbone(Section):
 
     masks: ClassVar[frozenset[Mask]]
     """Ways of hiding that it can do exactly: no hidden voxel reaches a feature."""
+    sized_by: ClassVar[str] = "number of stages"
+    """What `stride` follows from."""
 
     @property
     def stride(self) -> int | None:
@@ -34,7 +36,7 @@ class _Backbone(Section):
             name = getattr(self, "backbone", "")
             raise ValueError(
                 f"plan.token {list(plan.token)} does not fit model: this {name} makes tokens of {stride} voxels; "
-                f"take token {stride}, or another number of stages"
+                f"take token {stride}, or another {self.sized_by}"
             )
 
 
@@ -114,7 +116,7 @@ class ResEncConfig(_Backbone):
 
     masks = frozenset({"none", "dropped"})
     backbone: Literal["resenc"]
-    features: Ints
+    features: Annotated[Ints, Field(min_length=1)]
     """Channels of each stage; every stage but the first halves the grid."""
     blocks: Ints
     """Residual blocks of each stage."""
@@ -144,6 +146,7 @@ class SwinConfig(_Backbone):
     """MONAI's Swin transformer: windows of attention, four stages, each of which halves the grid after the patches."""
 
     masks = frozenset({"none", "filled"})
+    sized_by = "patch"
     backbone: Literal["swin"]
     width: Positive
     """Channels of the first stage; each stage doubles them."""

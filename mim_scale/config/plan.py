@@ -130,7 +130,7 @@ class PlanConfig(Section):
 
     def _check_level(self, level: int) -> None:
         cells = self.cells(level)
-        check_divides(f"grid (view / token) {list(self.grid)}, ", self.grid, f"levels[{level}].cells", cells)
+        check_divides("grid (view / token)", self.grid, f"levels[{level}].cells", cells)
         (fewest, most), count = self.num_hidden_cells(level), math.prod(cells)
         ratio = self.levels[level].hidden_ratio
         hides_nothing = self.levels[level].ratios[1] == 0

@@ -163,6 +163,7 @@ class PretrainConfig(Section):
                 f"train.compile makes a program for each number of visible tokens, and hidden_ratio {list(ranges[0])} "
                 "draws another one for each sample: give one ratio, or set train.compile to false"
             )
+        self._check_side_by_side(bool(ranges))
         group = self.method.samples_together
         if self.train.micro_batch % group or self.held_out.samples % group:
             raise ValueError(
@@ -181,6 +182,23 @@ class PretrainConfig(Section):
                 f"{self.train.steps}: lower it"
             )
         return self
+
+    def _check_side_by_side(self, is_ratio_drawn: bool) -> None:
+        """At stage 3 every module's call is a meeting of all ranks: one that calls more often waits forever."""
+        train = self.train
+        if train.engine != "deepspeed" or train.zero_stage != 3:
+            return
+        if is_ratio_drawn:
+            raise ValueError(
+                "at train.zero_stage 3 all ranks run the same layers, and a hidden_ratio that is drawn for each sample "
+                "has them run different ones: give one ratio, or take a lower zero_stage"
+            )
+        if train.views_at_once is not None and self.held_out.samples % train.micro_batch:
+            raise ValueError(
+                f"held_out.samples {self.held_out.samples} is not a multiple of train.micro_batch {train.micro_batch}: "
+                "at zero_stage 3 with views_at_once its last micro-batch would have fewer chunks of views than those "
+                "of other ranks; lower train.micro_batch, or set views_at_once to null"
+            )
 
 
 class BuildConfig(Section):

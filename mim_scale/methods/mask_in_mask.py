@@ -11,14 +11,7 @@ from torch import Tensor, nn
 
 from mim_scale.config import Checkpointing, MaskInMaskConfig, PretrainConfig
 from mim_scale.methods.alignment import Alignment
-from mim_scale.methods.masked import (
-    MaskedReconstruction,
-    Memory,
-    Piece,
-    Prediction,
-    encode_and_decode,
-    num_views,
-)
+from mim_scale.methods.masked import EncoderDecoder, Memory, Piece, Prediction, num_views
 from mim_scale.methods.targets import at_least_float32
 from mim_scale.models.blocks import initialise
 from mim_scale.models.build import build_encoder
@@ -27,7 +20,7 @@ from mim_scale.models.patches import in_grid_order, pool_cells
 from mim_scale.streaming.device import TensorLevel
 
 
-class MaskInMask(MaskedReconstruction):
+class MaskInMask(EncoderDecoder):
     """One encoder and one decoder for all levels. Weights depend on the config's seed alone."""
 
     def __init__(self, config: PretrainConfig, method: MaskInMaskConfig, checkpointing: Checkpointing) -> None:
@@ -52,14 +45,6 @@ class MaskInMask(MaskedReconstruction):
         for number, weight in enumerate(self.method.alignment_weights, start=1):
             found[f"alignment_{number}_{number + 1}"] = weight
         return found
-
-    def predict(self, pieces: Sequence[Piece]) -> list[Prediction]:
-        """Encode, decode and predict all pieces at once: no level waits for another."""
-        return encode_and_decode(self.encoder, self.decoder, pieces)
-
-    def voxels_of(self, features: Tensor, piece: Piece) -> Tensor:
-        """A prediction's voxels [B, H, P] from its features alone."""
-        return self.decoder.predict(features[:, piece.group.visible.shape[1] :])
 
     def more_losses(
         self, pieces: Sequence[Piece], predictions: Sequence[Prediction], levels: Sequence[TensorLevel], memory: Memory

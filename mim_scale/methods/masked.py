@@ -212,19 +212,32 @@ class MaskedReconstruction(nn.Module):
         return picture(piece.views), masked, picture(reconstruction), picture(visible_voxels) == 0
 
 
-def encode_and_decode(encoder: Encoder, decoder: Decoder, pieces: Sequence[Piece]) -> list[Prediction]:
-    """Features of visible tokens, then of all of them, then voxels of the hidden ones, which alone the loss reads."""
-    visible, hidden = [piece.group.visible for piece in pieces], [piece.group.hidden for piece in pieces]
-    latents = encoder.encode_groups([piece.views for piece in pieces], visible)
-    # By a call, not by another method: ZeRO-3 gathers what a module itself owns when it is called.
-    features = decoder(latents, visible, hidden)
-    kept = [found[:, shown.shape[1] :] for found, shown in zip(features, visible, strict=True)]
-    rows = torch.cat([part.flatten(0, 1) for part in kept])
-    voxels = torch.split(decoder.predict(rows), [masked.numel() for masked in hidden])
-    return [
-        Prediction(found, flat.view(*masked.shape, -1))
-        for found, flat, masked in zip(features, voxels, hidden, strict=True)
-    ]
+class EncoderDecoder(MaskedReconstruction):
+    """Those that drop hidden tokens: a subclass builds the encoder and the decoder, in this order."""
+
+    encoder: Encoder
+    decoder: Decoder
+
+    def predict(self, pieces: Sequence[Piece]) -> list[Prediction]:
+        """Features of visible tokens, then of all of them, then voxels of the hidden ones, which alone the loss reads.
+
+        All pieces at once: no level waits for another.
+        """
+        visible, hidden = [piece.group.visible for piece in pieces], [piece.group.hidden for piece in pieces]
+        latents = self.encoder.encode_groups([piece.views for piece in pieces], visible)
+        # By a call, not by another method: ZeRO-3 gathers what a module itself owns when it is called.
+        features = self.decoder(latents, visible, hidden)
+        kept = [found[:, shown.shape[1] :] for found, shown in zip(features, visible, strict=True)]
+        rows = torch.cat([part.flatten(0, 1) for part in kept])
+        voxels = torch.split(self.decoder.predict(rows), [masked.numel() for masked in hidden])
+        return [
+            Prediction(found, flat.view(*masked.shape, -1))
+            for found, flat, masked in zip(features, voxels, hidden, strict=True)
+        ]
+
+    def voxels_of(self, features: Tensor, piece: Piece) -> Tensor:
+        """A prediction's voxels [B, H, P] from its features alone."""
+        return self.decoder.predict(features[:, piece.group.visible.shape[1] :])
 
 
 class Memory(dict[tuple[int, int], Tensor]):

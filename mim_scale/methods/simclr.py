@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mim_scale.config import Checkpointing, PretrainConfig, SimClrConfig
-from mim_scale.errors import ConfigError
 from mim_scale.methods.augment import augment
 from mim_scale.methods.chunks import losses_by_chunk
 from mim_scale.methods.masked import picture
@@ -45,19 +44,8 @@ class SimClr(nn.Module):
     """Weights depend on the config's seed alone."""
 
     def __init__(self, config: PretrainConfig, method: SimClrConfig, checkpointing: Checkpointing) -> None:
-        """Build it.
-
-        Raises:
-            ConfigError: train.views_at_once is less than the views of a group.
-        """
         super().__init__()
         self.config, self.method = config, method
-        at_once = config.train.views_at_once
-        if at_once is not None and at_once < 2 * method.group:
-            raise ConfigError(
-                f"train.views_at_once is {at_once}, and method simclr compares the {2 * method.group} views of a group "
-                f"with each other: give at least {2 * method.group}, or lower method.group"
-            )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.encoder = build_encoder(config.model, config.plan.view, config.plan.token, checkpointing)

@@ -40,7 +40,10 @@ def run(config: PretrainConfig, samples: int) -> tuple[dict[str, float], dict[st
 def test_loss_and_gradients_are_those_of_all_at_once(at_once: int, samples: int, stage: int) -> None:
     values, gradients = run(ragged_config(), samples)
     assert list(values) == ["level_1", "level_2", "level_3", "alignment_1_2", "alignment_2_3", "loss"]
-    cut_values, cut_gradients = run(ragged_config(views_at_once=at_once, zero_stage=stage), samples)
+    config = ragged_config(views_at_once=at_once)
+    # Refused in a run, whose ranks would meet at other layers; chunks compute the same all the same.
+    config = config.model_copy(update={"train": config.train.model_copy(update={"zero_stage": stage})})
+    cut_values, cut_gradients = run(config, samples)
     assert cut_values.keys() == values.keys()
     for name, value in values.items():
         assert cut_values[name] == pytest.approx(value, rel=1e-12)
