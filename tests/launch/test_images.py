@@ -44,9 +44,8 @@ def test_stages() -> None:
     for name in ("shards", "train"):
         users = [words for words in stages()[name] if words[0] == "USER"]
         assert users == [["USER", "1000:1000"]], name
-        assert [words[0] for words in stages()[name]].index("RUN") < [words[0] for words in stages()[name]].index(
-            "COPY"
-        )
+        kinds = [words[0] for words in stages()[name]]
+        assert kinds.index("RUN") < kinds.index("COPY"), "requirements first"
 
 
 def test_what_is_copied_exists_and_is_sent_to_the_builder() -> None:

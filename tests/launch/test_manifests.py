@@ -86,7 +86,7 @@ def test_the_cluster_is_authenticated_and_of_our_version() -> None:
     assert CLUSTER["rayVersion"] == pins["ray"]
 
 
-@pytest.mark.parametrize("pod", pods())
+@pytest.mark.parametrize("pod", [*pods()])
 def test_pods_ask_for_what_they_need_and_are_not_root(pod: dict[str, Any]) -> None:
     assert pod["securityContext"]["runAsNonRoot"] is True
     assert pod["securityContext"]["runAsUser"] == 1000
