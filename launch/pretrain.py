@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 
 from mim_scale.config import PretrainConfig
-from mim_scale.config_file import load_config
+from mim_scale.config_file import json_override, load_config
 from mim_scale.errors import MimScaleError, exit_with
 from mim_scale.training.exit_report import tell_supervisor
 from mim_scale.training.placement import read_placement
@@ -36,13 +36,18 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="a YAML file; shipped ones are in configs/")
     parser.add_argument("--local_rank", type=int, help="set by launchers; the environment says the same")
     parser.add_argument(
+        "--deepspeed_config", type=Path, metavar="JSON", help="more settings for DeepSpeed, as train.deepspeed"
+    )
+    parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to replace, for example train.steps=100"
     )
     arguments = parser.parse_args()
     placement = read_placement(os.environ)
     tell_supervisor(os.environ, rank=placement.rank)
     try:
-        config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+        file = arguments.deepspeed_config
+        more = [] if file is None else [json_override("train.deepspeed", file)]
+        config = load_config(PretrainConfig, arguments.config, [*more, *arguments.overrides])
     except MimScaleError as error:
         if placement.rank == 0:
             raise

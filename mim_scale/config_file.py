@@ -58,6 +58,23 @@ def load_config(root: type[Root], path: Path, overrides: Sequence[str] = ()) -> 
     return check_config(root, values, str(path))
 
 
+def json_override(key: str, path: Path) -> str:
+    """The override that puts a JSON file's object at a key.
+
+    Raises:
+        ConfigError: the file is missing, or holds no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError as error:
+        raise ConfigError(f"{path}: not readable as JSON: {' '.join(str(error).split())}") from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path}: expected a JSON object, found {type(values).__name__}")
+    return f"{key}={json.dumps(values)}"
+
+
 def check_config(root: type[Root], values: dict[str, Any], where: str) -> Root:
     """Turn plain values into a config, or raise ConfigError in one line."""
     _refuse_unknown(root, values, where, ())

@@ -4,7 +4,7 @@ What changes results has no default: it is written in the YAML. Relations that c
 below trusts the values. Axes are (z, y, x) everywhere; a single integer means the same on every axis.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -70,6 +70,10 @@ class TrainConfig(Section):
     precision: Literal["fp32", "bf16"]
     engine: Literal["deepspeed", "plain"] = "deepspeed"
     zero_stage: Literal[0, 1, 2, 3] = 1
+    offload_optimizer: bool = False
+    """Keep the optimizer's moments, and its copy of the weights, in the host's memory; needs zero_stage 1 or more."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Passed on to DeepSpeed as it stands, beside what follows from this config; --deepspeed_config FILE fills it."""
     activation_checkpointing: Checkpointing = "all"
     """Blocks that keep only their input and run again in the backward pass: none, the convolution stages' (most of the
     memory), every second one, all, or what fits the memory. Numbers do not change."""
@@ -90,6 +94,10 @@ class TrainConfig(Section):
             raise ValueError(
                 "precision bf16 at zero_stage 0 drifts from fp32 under DeepSpeed: take zero_stage 1 or more"
             )
+        if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage == 0):
+            raise ValueError("offload_optimizer needs engine deepspeed and zero_stage 1 or more")
+        if self.deepspeed and self.engine != "deepspeed":
+            raise ValueError(f"deepspeed has settings, but engine is {self.engine}: leave them out, or take deepspeed")
         if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
             raise ValueError(
                 "compile does not go with zero_stage 3, whose hooks gather weights while a block runs: take a lower "
@@ -115,6 +123,16 @@ class CheckpointConfig(Section):
 
     every: Positive
     keep: Positive
+    background: bool = True
+    """Write while training goes on, from a copy in host memory: 12 bytes a parameter, shared by ranks that write."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.keep < 2:
+            raise ValueError(
+                f"keep is {self.keep}: were that one damaged, the run would be lost; keep at least 2 checkpoints"
+            )
+        return self
 
 
 class HeldOutConfig(Section):

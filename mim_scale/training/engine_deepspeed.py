@@ -10,19 +10,20 @@ import logging
 import os
 import sys
 import warnings
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
+from mim_scale.errors import ConfigError
 from mim_scale.streaming.device import TensorBatch
+from mim_scale.training.deepspeed_settings import deepspeed_config
 from mim_scale.training.engine import (
     MOMENTS,
+    State,
     accumulation,
     frozen_state,
     parameter_groups,
-    to_host,
     trained_parameters,
 )
 from mim_scale.training.engine_plain import load_plain_state, plain_state
@@ -80,12 +81,15 @@ class DeepSpeedEngine:
             betas=config.optimizer.betas,
             fused=ranks.device.type == "cuda",
         )
-        self._engine, _, _, _ = deepspeed.initialize(
-            model=_TupleOutput(module),
-            optimizer=optimizer,
-            config=deepspeed_config(config, ranks),
-            dist_init_required=False,
-        )
+        settings = deepspeed_config(config, ranks)
+        try:
+            self._engine, _, _, _ = deepspeed.initialize(
+                model=_TupleOutput(module), optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        except (ValueError, TypeError, AssertionError) as error:
+            if not config.train.deepspeed:
+                raise
+            raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
         if self._stage > 0:
             self._make_moments()
 
@@ -123,33 +127,46 @@ class DeepSpeedEngine:
                 return float(norm)
             self._engine.step()
             return float(norm)
-        # DeepSpeed leaves out a step whose gradient is not finite, with all that it has to forget; so make it such.
-        spoilt = (
-            [g for group in self._engine.optimizer.averaged_gradients.values() for g in group or ()]
-            if leave_out
-            else []
-        )
-        for gradient in spoilt:
-            gradient.fill_(float("inf"))
+        spoilt = self._spoil_gradient() if leave_out else []
         self._engine.step()
         for gradient in spoilt:
             # Stage 3 keeps its buffers, and writes no new gradient where they are padded.
             gradient.zero_()
         return float(self._engine.get_global_grad_norm())
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and moments by name, on rank 0; every rank gives its share."""
+    def _spoil_gradient(self) -> list[Tensor]:
+        """Have DeepSpeed leave out the step, with all that it has to forget then: it does so for what is not finite."""
+        zero = self._engine.optimizer
+        # Of an offloaded gradient it remembers norms, and adds those up.
+        norms = getattr(zero, "norm_for_param_grads", {})
+        norms.update({index: torch.full_like(torch.as_tensor(norm), float("inf")) for index, norm in norms.items()})
+        spoilt = [gradient for group in zero.averaged_gradients.values() for gradient in group or ()]
+        for gradient in spoilt:
+            gradient.fill_(float("inf"))
+        return spoilt
+
+    def state(self) -> State:
+        """Weights and moments; every rank gives its part of each."""
         if self._stage == 0:
-            return plain_state(self._module, self._engine.optimizer) if self._ranks.rank == 0 else ({}, {})
-        weights, moments = frozen_state(self._module), {}
+            yield from plain_state(self._module, self._engine.optimizer)
+            return
+        for name, value in frozen_state(self._module).items():
+            yield "weights", name, value
         for name, parameter in trained_parameters(self._module).items():
-            whole = {name: safe_get_full_fp32_param(parameter)}
+            yield "weights", name, self._whole(parameter)
             for moment in MOMENTS:
-                whole[f"{name}/{moment}"] = safe_get_full_optimizer_state(parameter, moment)
-            if self._ranks.rank == 0:
-                weights[name] = to_host(whole.pop(name))
-                moments.update({key: to_host(value) for key, value in whole.items()})
-        return (weights, moments) if self._ranks.rank == 0 else ({}, {})
+                yield "moments", f"{name}/{moment}", self._whole(parameter, moment)
+
+    def _whole(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        if self._stage < 3 and self._ranks.world == 1:
+            # All of it is here; the library would add up copies of it over one rank.
+            fragment: Tensor = parameter._hp_mapping.get_hp_fragment(moment)  # type: ignore[attr-defined]
+            return fragment.view(parameter.shape)
+        if moment is None:
+            weight: Tensor = safe_get_full_fp32_param(parameter)
+            return weight
+        value: Tensor = safe_get_full_optimizer_state(parameter, moment)
+        return value
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         """Take weights, moments and the number of updates made so far."""
@@ -229,23 +246,3 @@ class _TupleOutput(nn.Module):
     def forward(self, batch: TensorBatch) -> tuple[Tensor, dict[str, Tensor]]:
         losses = self.method(batch)
         return losses.total, losses.parts
-
-
-def deepspeed_config(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """DeepSpeed's dictionary for a run; scheduler and optimizer are not in it, they are ours."""
-    derived: dict[str, Any] = {
-        "train_batch_size": config.train.batch,
-        "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": accumulation(config, ranks),
-        "gradient_clipping": config.optimizer.clip_norm or 0.0,
-        "zero_optimization": {"stage": config.train.zero_stage},
-        "zero_allow_untested_optimizer": True,
-        "steps_per_print": None,
-    }
-    if config.train.zero_stage == 3:
-        # Keeping small parameters whole would make toy models, and tests, avoid what stage 3 is for.
-        derived["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    if config.train.precision == "bf16":
-        # fp32 weights under autocast; the empty list keeps the reduction of gradients in fp32.
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
-    return derived

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.errors import EXIT_REQUEUE, DivergedError, StoreError
@@ -25,6 +25,7 @@ from mim_scale.store.manifest import Row, split_subjects
 from mim_scale.streaming.stream import open_dataset, open_stream, refuse_short_pack
 from mim_scale.training.checkpoint import check_fits
 from mim_scale.training.compiled import compile_blocks
+from mim_scale.training.deepspeed_settings import deepspeed_config
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.guards import Guards
 from mim_scale.training.held_out import HeldOut, trivial_name
@@ -34,6 +35,7 @@ from mim_scale.training.progress import Progress
 from mim_scale.training.ranks import Ranks, joined
 from mim_scale.training.ray_node import ray_for_ranks
 from mim_scale.training.records import Records, StartingPoint
+from mim_scale.training.saving import Saver, State, find_writers, send_state
 from mim_scale.training.schedule import learning_rate
 from mim_scale.training.step import StepMetrics, train_step
 from mim_scale.training.stop import StopRequest
@@ -55,6 +57,7 @@ class _Run:
     stop: StopRequest
     guards: Guards
     watchdog: Watchdog
+    saver: Saver
 
 
 def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
@@ -89,6 +92,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
     # 1. The batch fits the ranks, the store is whole and the same everywhere, the split leaves something to train on.
     train = config.train
     ranks.together(lambda: micro_batches(0, train.batch, train.micro_batch, ranks.rank, ranks.world))
+    if train.engine == "deepspeed":
+        ranks.together(lambda: deepspeed_config(config, ranks))
     dataset = ranks.together(lambda: open_dataset(config.data))
     ranks.together(lambda: _refuse_other_copy(dataset, ranks.broadcast(dataset.fingerprint)))
     rows, held_rows = ranks.together(lambda: split_subjects(dataset.rows, config.seed, config.data.held_out_subjects))
@@ -118,8 +123,16 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
                 progress.say(why)
             if train.compile:
                 progress.say(ranks.together(lambda: compile_blocks(module.to(ranks.device), config)))
-            state = ranks.together(lambda: _load(start, module))
-            engine = build_engine(module, config, ranks)
+            writers = find_writers(ranks, records.checkpoints.path)
+            if len(writers) < ranks.world:
+                progress.say(
+                    f"{len(writers)} of {ranks.world} ranks see {records.checkpoints.path} and write checkpoints; the "
+                    "others get theirs from rank 0"
+                )
+            state = ranks.together(lambda: _load(start, module, is_seen=ranks.rank in writers))
+            if start.checkpoint is not None and len(writers) < ranks.world:
+                state = send_state(ranks, state)
+            engine = ranks.together(lambda: build_engine(module, config, ranks))
             resources.callback(engine.close)
             guards = ranks.broadcast(records.recall_guards(start))
             if state is not None:
@@ -128,7 +141,9 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
             resources.enter_context(ray_for_ranks(config.data, ranks))
             held_out = HeldOut(config, dataset, held_rows, ranks)
             records.begin(start.step)
-            run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards, watchdog)
+            saver = Saver(engine, ranks, records, progress, writers, config.checkpoint.background)
+            resources.enter_context(saver)
+            run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards, watchdog, saver)
             return _train(run, start)
 
 
@@ -145,6 +160,7 @@ def _train(run: _Run, start: StartingPoint) -> int:
             metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop, run.guards, run.watchdog)
             _tell(run, step, rate, metrics, time.perf_counter() - began)
             run.watchdog.arm()
+            run.saver.look()
             done = step + 1
             if not metrics.is_stop_asked or done == train.steps:
                 _measure(run, done)
@@ -155,9 +171,11 @@ def _train(run: _Run, start: StartingPoint) -> int:
             if metrics.is_stop_asked or done % run.config.checkpoint.every == 0 or done == train.steps:
                 _save(run, done)
             if metrics.is_stop_asked and done < train.steps:
+                _finish_saving(run)
                 run.records.status = "KILLED"
                 run.progress.say(f"stopped as asked after step {done}, saved; start the same command again to go on")
                 return EXIT_REQUEUE
+    _finish_saving(run)
     run.records.status = "FINISHED"
     run.progress.say(f"done: {train.steps} steps, in {run.config.output}")
     return 0
@@ -169,9 +187,9 @@ def _schedule(config: PretrainConfig, ranks: Ranks, first_step: int) -> Iterator
         yield from micro_batches(step, config.train.batch, config.train.micro_batch, ranks.rank, ranks.world)
 
 
-def _load(start: StartingPoint, module: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]] | None:
+def _load(start: StartingPoint, module: nn.Module, is_seen: bool) -> State | None:
     """The checkpoint's tensors, once they are seen to fit the module; before an engine cuts its parameters up."""
-    if start.checkpoint is None:
+    if start.checkpoint is None or not is_seen:
         return None
     weights, moments = start.checkpoint.load()
     check_fits(start.checkpoint, weights, {name: value.shape for name, value in module.state_dict().items()})
@@ -237,8 +255,12 @@ def _share(loss: float, trivial: float) -> str:
 
 def _save(run: _Run, step: int) -> None:
     with run.watchdog.patient("saving"):
-        weights, moments = run.engine.state()
-        run.ranks.together(lambda: run.records.save(step, weights, moments, run.guards.updates))
+        run.saver.save(step, run.guards.updates)
+
+
+def _finish_saving(run: _Run) -> None:
+    with run.watchdog.patient("saving"):
+        run.saver.finish()
 
 
 def _refuse_other_copy(dataset: Dataset, expected: str) -> None:

@@ -28,6 +28,8 @@ MAY_CHANGE = (
     "train.micro_batch",
     "train.engine",
     "train.zero_stage",
+    "train.offload_optimizer",
+    "train.deepspeed",
     "train.activation_checkpointing",
     "train.views_at_once",
     "train.compile",

@@ -17,7 +17,7 @@ from mim_scale.config import PretrainConfig
 from mim_scale.training.engine import Engine, build_engine
 from mim_scale.training.placement import read_placement
 from mim_scale.training.ranks import Ranks, joined
-from tests.training.standin import StandIn, small_config, standin_batch
+from tests.training.standin import StandIn, small_config, standin_batch, whole_state
 
 STEPS = 6
 BATCH = 8
@@ -80,17 +80,17 @@ def check(engine: str, ranks: Ranks, reference: list[list[float]] | None, **trai
     """One engine: its trace against the reference, its state's round trip, and the steps that follow it."""
     config = config_of(engine, **train)
     with built(config, ranks) as run:
-        run.state()  # before the first update there are no moments yet, and that is no error
+        whole_state(run)  # before the first update there are no moments yet, and that is no error
         trace = advance(run, ranks, range(3))
-        weights, moments = ranks.broadcast(run.state())
+        weights, moments = ranks.broadcast(whole_state(run))
         trace += advance(run, ranks, range(3, STEPS))
-        end = run.state()
+        end = whole_state(run)
     with built(config, ranks) as again:
         again.load_state(weights, moments, updates=3)
-        loaded = again.state()
+        loaded = whole_state(again)
         norm = leave_out_two(again, ranks)
         resumed = advance(again, ranks, range(3, STEPS))
-        end_again = again.state()
+        end_again = whole_state(again)
     first = ranks.rank == 0
     return {
         "trace": trace,
@@ -110,6 +110,8 @@ def main(stages: list[int]) -> None:
         reference = told["plain"]["trace"]
         for stage in stages:
             told[f"zero_{stage}"] = check("deepspeed", ranks, reference, zero_stage=stage)
+        for stage in (1, 2, 3):
+            told[f"offload_{stage}"] = check("deepspeed", ranks, reference, zero_stage=stage, offload_optimizer=True)
         told["zero_1_bf16"] = check("deepspeed", ranks, reference, zero_stage=1, precision="bf16")
         told["plain_bf16"] = check("plain", ranks, reference, precision="bf16")
         assert "mlflow" not in sys.modules, "DeepSpeed brought it in: seconds of start-up on every rank"

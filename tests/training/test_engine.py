@@ -12,6 +12,7 @@ from mim_scale.training.engine import parameter_groups
 from tests.training.jobs import result_line, run, torchrun
 from tests.training.standin import StandIn
 
+OFFLOADED = ("offload_1", "offload_2", "offload_3")
 FP32 = ("plain", "zero_0", "zero_1", "zero_2", "zero_3")
 
 
@@ -37,7 +38,7 @@ def told_at(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], dict[st
 @pytest.mark.parametrize("world", [1, 2])
 def test_contract(world: int, told_at: Callable[[int], dict[str, Any]]) -> None:
     told = told_at(world)
-    for name in FP32:
+    for name in (*FP32, *OFFLOADED):
         assert told[name]["from_reference"] < 1e-6, name
     # bf16 keeps 3 digits; both engines must round alike.
     for name in ("zero_1_bf16", "plain_bf16"):
