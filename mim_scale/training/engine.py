@@ -3,9 +3,9 @@
 State leaves an engine as full fp32 tensors by parameter name, so it fits any number of ranks and any engine.
 """
 
-from typing import Any, Protocol
+from collections.abc import Iterator
+from typing import Any, Literal, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
@@ -14,6 +14,9 @@ from mim_scale.training.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's running averages of the gradient and of its square."""
+
+State = Iterator[tuple[Literal["weights", "moments"], str, Tensor]]
+"""Tensors with their names and what they are."""
 
 
 class Engine(Protocol):
@@ -40,10 +43,10 @@ class Engine(Protocol):
         ranks alike; with `leave_out` the number says nothing.
         """
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights by name, and moments by `name/exp_avg` and `name/exp_avg_sq`: fp32, on the CPU, whole, on rank 0.
+    def state(self) -> State:
+        """Every weight, and every moment as `name/exp_avg` and `name/exp_avg_sq`, whole, one after another.
 
-        All ranks must call it; ranks other than 0 get empty dictionaries.
+        All ranks go through all of them in the same order. The next update changes them: copy what is to be kept.
         """
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
@@ -88,11 +91,6 @@ def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def frozen_state(module: nn.Module) -> dict[str, Tensor]:
-    """What a module keeps besides trained parameters (position tables, say): fp32, on the CPU."""
+    """What a module keeps besides trained parameters: position tables, say."""
     trained = trained_parameters(module)
-    return {name: to_host(value) for name, value in module.state_dict().items() if name not in trained}
-
-
-def to_host(tensor: Tensor) -> Tensor:
-    """An fp32 copy on the CPU that no later step changes."""
-    return tensor.detach().to("cpu", torch.float32, copy=True)
+    return {name: value for name, value in module.state_dict().items() if name not in trained}

@@ -6,7 +6,14 @@ from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.streaming.device import TensorBatch
-from mim_scale.training.engine import MOMENTS, accumulation, frozen_state, parameter_groups, to_host, trained_parameters
+from mim_scale.training.engine import (
+    MOMENTS,
+    State,
+    accumulation,
+    frozen_state,
+    parameter_groups,
+    trained_parameters,
+)
 from mim_scale.training.ranks import Ranks
 
 
@@ -55,9 +62,9 @@ class PlainEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Weights and moments by name, on rank 0."""
-        return plain_state(self._module, self._optimizer) if self._ranks.rank == 0 else ({}, {})
+    def state(self) -> State:
+        """Weights and moments."""
+        return plain_state(self._module, self._optimizer)
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         """Take weights, moments and the number of updates made so far."""
@@ -80,15 +87,15 @@ class PlainEngine:
             gradient.copy_(reduced.view_as(gradient))
 
 
-def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Weights and moments by name, of a module and an optimizer that both hold them whole."""
-    weights, moments = frozen_state(module), {}
+def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Weights and moments of a module and an optimizer that both hold them whole."""
+    for name, value in frozen_state(module).items():
+        yield "weights", name, value
     for name, parameter in trained_parameters(module).items():
-        weights[name] = to_host(parameter)
+        yield "weights", name, parameter
         held = optimizer.state.get(parameter, {})
         for moment in MOMENTS:
-            moments[f"{name}/{moment}"] = to_host(held.get(moment, torch.zeros_like(parameter)))
-    return weights, moments
+            yield "moments", f"{name}/{moment}", held[moment] if moment in held else torch.zeros_like(parameter)
 
 
 def load_plain_state(

@@ -1,15 +1,11 @@
 """What rank 0 keeps of a run: lock, journal, checkpoints, tracker. On other ranks the same calls do nothing."""
 
 import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Event
 from types import TracebackType
 from typing import Any, Self
-
-from torch import Tensor
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import config_values, digest_config
@@ -17,7 +13,6 @@ from mim_scale.errors import StoreError
 from mim_scale.methods.method import Preview
 from mim_scale.store.geometry import Spacing3
 from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
-from mim_scale.training.checkpoint_write import Share, write_share
 from mim_scale.training.guards import Guards
 from mim_scale.training.journal import Journal, read_journal
 from mim_scale.training.run_folder import (
@@ -65,7 +60,7 @@ class Records:
         self._spacing_mm = spacing_mm
         self._is_kept_here = is_kept_here
         self._output = Path(config.output)
-        self._checkpoints = CheckpointFolder(self._output / CHECKPOINTS, config.checkpoint.keep)
+        self.checkpoints = CheckpointFolder(self._output / CHECKPOINTS, config.checkpoint.keep)
         self._lock: RunLock | None = None
         self._journal: Journal | None = None
         self._tracker: Tracker = NoTracker()
@@ -81,8 +76,8 @@ class Records:
             CheckpointError: none of the checkpoints is whole.
         """
         self._lock = RunLock(self._output)
-        self._checkpoints.remove_leftovers()
-        checkpoint = self._checkpoints.newest(tell=print)
+        self.checkpoints.remove_leftovers()
+        checkpoint = self.checkpoints.newest(tell=print)
         if checkpoint is not None:
             where = str(checkpoint.path)
             refuse_other_run(config_of_record(checkpoint.record, where), self._config, where)
@@ -126,15 +121,9 @@ class Records:
             guards.recall(read_journal(self._journal.path), start.step, updates)
         return guards
 
-    def save(self, step: int, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
-        """Publish a checkpoint of the state after `step` steps, `updates` of them made; rank 0 only.
-
-        Raises:
-            CheckpointError: the disk does not take it; the checkpoints before it are untouched.
-        """
-        if self._journal is None:
-            return
-        facts = {
+    def facts(self, step: int, updates: int) -> dict[str, Any]:
+        """What the record of a checkpoint tells: after `step` steps, `updates` of them made."""
+        return {
             "position": step * self._config.train.batch,
             "updates": updates,
             "config": config_values(self._config),
@@ -143,9 +132,11 @@ class Records:
             "spacing_mm": self._spacing_mm,
             "world": self._world,
         }
-        tensors = {"weights": weights, "moments": moments}
-        share = Share(step, uuid.uuid4().hex[:8], 0, 1, tensors, facts, self._journal.sync)
-        write_share(self._checkpoints, share, Event())
+
+    def sync(self) -> None:
+        """Make the journal durable: before a checkpoint is published, so that none is newer."""
+        if self._journal is not None:
+            self._journal.sync()
 
     def draw(self, previews: Sequence[tuple[Sequence[str], Preview]]) -> None:
         """Write pictures of (volume keys, preview) and the loss curve into `pictures/`; rank 0 only."""

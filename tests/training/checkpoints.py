@@ -1,12 +1,12 @@
 """Checkpoints of small states, written as a run writes them, by any number of ranks."""
 
-from collections.abc import Callable
+from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
 
-from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
+from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
 from mim_scale.training.checkpoint_write import Share, write_share
 
 Tensors = dict[str, torch.Tensor]
@@ -59,6 +59,7 @@ def refuse_to_tell(text: str) -> None:
     raise AssertionError(text)
 
 
-def told_to(lines: list[str]) -> Callable[[str], None]:
-    """Keeps what is told."""
-    return lines.append
+def state_of(output: Path, step: int) -> tuple[Tensors, Tensors]:
+    """Weights and moments of a run's checkpoint, from however many files, by name."""
+    weights, moments = read_checkpoint(output / "checkpoints" / f"step_{step:08d}").load()
+    return dict(sorted(weights.items())), dict(sorted(moments.items()))

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import check_config
+from mim_scale.training.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,14 @@ class StandIn(nn.Module):
         error = (self.second(self.shift(self.first(batch.inputs))).float() - batch.targets) ** 2
         parts = {"level_1": error[:, 0].mean(), "level_2": error[:, 1:].mean()}
         return StandInLosses(parts["level_1"] + parts["level_2"], parts)
+
+
+def whole_state(engine: Engine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Copies of an engine's weights and moments, on every rank."""
+    found: dict[str, dict[str, Tensor]] = {"weights": {}, "moments": {}}
+    for kind, name, tensor in engine.state():
+        found[kind][name] = tensor.detach().to("cpu", torch.float32, copy=True)
+    return found["weights"], found["moments"]
 
 
 def standin_batch(positions: range) -> Numbers:

@@ -13,11 +13,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mim_scale.config_file import dump_config
 from mim_scale.training.journal import read_journal
 from tests.synthetic import make_dataset
+from tests.training.checkpoints import state_of
 from tests.training.jobs import PRETRAIN, ROOT, deepspeed, environment, run, torchrun
 from tests.training.standin import small_config
 
@@ -94,7 +94,7 @@ def stopped_inside_a_save(output: Path) -> bool:
         return False
     process = rank_0(output)
     process.suspend()
-    if list((output / "checkpoints").glob(".tmp-*/weights.safetensors")):
+    if list((output / "checkpoints").glob(".tmp-*/weights*.safetensors")):
         return True
     process.resume()
     return False
@@ -124,10 +124,9 @@ def kill_one_rank(config: Path, output: Path) -> None:
 
 
 def assert_equal_checkpoints(output: Path, other: Path) -> None:
-    for name in ("weights.safetensors", "moments.safetensors"):
-        ours, theirs = (load_file(run / "checkpoints" / f"step_{STEPS:08d}" / name) for run in (output, other))
+    for ours, theirs in zip(state_of(output, STEPS), state_of(other, STEPS), strict=True):
         assert ours.keys() == theirs.keys()
-        assert all(torch.equal(ours[key], theirs[key]) for key in ours), name
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_killed_at_three_instants_and_run_again(config_path: Path, tmp_path: Path) -> None:

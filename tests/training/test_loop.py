@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mim_scale.config import GuardsConfig, PretrainConfig
 from mim_scale.config_file import check_config, config_values
@@ -25,6 +24,7 @@ from mim_scale.training.journal import read_journal
 from mim_scale.training.loop import _share, pretrain, told_share_inside
 from mim_scale.training.stop import StopRequest
 from tests.synthetic import make_dataset
+from tests.training.checkpoints import state_of
 from tests.training.jobs import PRETRAIN, errors_of, write_config
 from tests.training.jobs import run as run_job
 from tests.training.standin import small_config
@@ -65,7 +65,7 @@ def config_of(store: Path, output: Path, **train: object) -> PretrainConfig:
 
 
 def weights_of(output: Path, step: int = STEPS) -> dict[str, torch.Tensor]:
-    return load_file(output / "checkpoints" / f"step_{step:08d}" / "weights.safetensors")
+    return state_of(output, step)[0]
 
 
 def assert_same_run(output: Path, other: Path) -> None:
@@ -75,7 +75,7 @@ def assert_same_run(output: Path, other: Path) -> None:
     assert all(torch.equal(a[name], b[name]) for name in a)
     told = []
     for run in (output, other):
-        rows = [row for row in read_journal(run / "journal.jsonl") if row["kind"] != "start"]
+        rows = [row for row in read_journal(run / "journal.jsonl") if row["kind"] not in ("start", "save")]
         varying = ("time", "samples_per_second", "data_wait")
         told.append([{name: value for name, value in row.items() if name not in varying} for row in rows])
     key = lambda row: (row["kind"], row["step"])  # noqa: E731
@@ -88,10 +88,14 @@ def test_run_folder(straight: Path, capsys: pytest.CaptureFixture[str]) -> None:
     held_out = [row for row in rows if row["kind"] == "held_out"]
     assert [row["step"] for row in held_out] == [0, 3, 6]
     assert set(held_out[0]["held_out"]) >= {"loss", "level_1", "level_3", "alignment_1_2", "trivial_1", "trivial_3"}
-    assert rows[-1]["held_out"]["loss"] < held_out[0]["held_out"]["loss"]
+    assert held_out[-1]["held_out"]["loss"] < held_out[0]["held_out"]["loss"]
     assert sorted(path.name for path in (straight / "checkpoints").iterdir()) == ["step_00000004", "step_00000006"]
     record = json.loads((straight / "checkpoints" / "step_00000006" / "run.json").read_text())
     assert (record["step"], record["position"], record["world"]) == (6, 24, 1)
+    saves = [row for row in rows if row["kind"] == "save"]
+    assert [row["step"] for row in saves] == [2, 4, 6]
+    size = sum(facts["bytes"] for facts in record["files"].values())
+    assert all(row["bytes"] == size and row["stall_s"] > 0 and row["write_s"] > 0 for row in saves)
 
 
 def test_started_again_after_the_end(straight: Path, store: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
 from mim_scale.training.journal import read_journal
 from mim_scale.training.stop import SIGNALS
 from tests.synthetic import make_dataset
+from tests.training.checkpoints import state_of
 from tests.training.jobs import PRETRAIN, ROOT, environment, errors_of, free_port, python, run, torchrun, write_config
 from tests.training.standin import small_config
 
@@ -48,7 +48,7 @@ def losses(output: Path) -> torch.Tensor:
 
 
 def weights(output: Path) -> dict[str, torch.Tensor]:
-    return load_file(output / "checkpoints" / f"step_{STEPS:08d}" / "weights.safetensors")
+    return state_of(output, STEPS)[0]
 
 
 @pytest.fixture(scope="module")
