@@ -90,7 +90,7 @@ def _of_config(path: Path, config: Any, options: argparse.Namespace, kept: bool,
     work, needed = measure_work(_pass_of(config)), visible_flops(config)
     least = "" if needed is None else f", by formula {needed / 1e9:,.1f} for visible tokens alone"
     say(
-        f"{name}: training step with AdamW {cpu:.3f} CPU s, {1 / wall:.2f} samples a second; "
+        f"{name}: training step with AdamW {cpu:.3f} CPU s, {config.train.micro_batch / wall:.2f} samples a second; "
         f"{work.flops / 1e9:,.1f} GFLOP{least}, {work.flops / 1e9 / cpu:.1f} GFLOP/s; "
         f"{work.moved_bytes / 1e9:.1f} GB moved"
     )

@@ -56,13 +56,16 @@ class Comparison:
 
 
 def benchmark_config(config: PretrainConfig, at_once: int = AT_ONCE) -> PretrainConfig:
-    """The config as it is measured: float32, nothing recomputed, views in chunks, reconstruction alone."""
-    values = config_values(config)
+    """The config as it is measured: float32, nothing recomputed, views in chunks, reconstruction alone.
+
+    One sample at a time; of a method that compares samples with each other one group, whose views go through at once.
+    """
+    values, together = config_values(config), config.method.samples_together
     values["train"] |= {
         "precision": "fp32",
         "activation_checkpointing": "none",
-        "views_at_once": at_once,
-        "micro_batch": 1,
+        "views_at_once": at_once if together == 1 else None,
+        "micro_batch": together,
     }
     if isinstance(config.method, MaskInMaskConfig):
         values["method"]["alignment"] = "none"
@@ -175,7 +178,7 @@ def cpu_seconds(module: nn.Module, run: Side) -> float:
 
 
 def training_seconds(config: PretrainConfig, runs: int) -> tuple[float, float]:
-    """(CPU, wall) seconds of a training step on one sample, AdamW included: medians."""
+    """(CPU, wall) seconds of a training step on one micro-batch, AdamW included: medians."""
     batch, method = noise_batch(config, torch.device("cpu")), build_method(config)
     optimizer = torch.optim.AdamW(method.parameters(), lr=1e-4)
     found = []

@@ -14,10 +14,11 @@ from mim_scale.bench.arithmetic import measure_work, visible_flops
 from mim_scale.bench.step import benchmark_config, compare, encoder_sides, step_sides
 from mim_scale.bench.stock import StockDecoder, StockEncoder
 from mim_scale.cli import run
-from mim_scale.config_file import config_values
+from mim_scale.config_file import config_values, dump_config
 from mim_scale.errors import ConfigError
 from tests.golden_numbers import Golden, golden_method
 from tests.models.small import changed, small_config
+from tests.models.small_methods import method_config
 from tests.models.test_chunks import ragged_config
 from tests.models.test_golden import volumes
 
@@ -108,6 +109,18 @@ def test_networks_without_a_reference_are_refused_in_one_line() -> None:
     config = Path(__file__).parents[2] / "configs" / "mae_vit_b.yaml"
     with pytest.raises(ConfigError, match="on vit: take --ours-only"):
         run(["bench", "step", "--config", str(config), "--default-allocator"])
+
+
+def test_a_method_that_compares_samples_is_measured_on_a_group(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "simclr.yaml"
+    path.write_text(dump_config(method_config("simclr", "vit", method={"group": 4}, train={"micro_batch": 4})))
+    options = ["--config", str(path), "--runs", "1", "--default-allocator", "--views-at-once", "3"]
+    with pytest.raises(ConfigError, match="not simclr on vit: take --ours-only"):
+        run(["bench", "step", *options])
+    assert run(["bench", "step", *options, "--ours-only"]) == 0
+    assert "samples a second" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the setting is glibc's")
