@@ -51,13 +51,15 @@ class Cost:
 def cost_of(config: PretrainConfig, policy: Checkpointing) -> Cost:
     """The cost of a micro-batch of the run under a checkpointing policy; takes seconds, and no memory to speak of.
 
+    Of a hidden_ratio that is drawn for each sample, the lowest counts: a micro-batch of such samples must fit as well.
+
     Raises:
         ConfigError: the config's network cannot be built.
     """
     fake = FakeTensorMode()
     with fake:
         method = build_method(config, policy)
-    batch = _batch(config, fake)
+    batch = _batch(_most_visible(config), fake)
     bf16 = config.train.precision == "bf16"
     live = _Live()
     with fake, torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
@@ -77,6 +79,11 @@ def cost_of(config: PretrainConfig, policy: Checkpointing) -> Cost:
         state_bytes=parameters * _STATE_BYTES,
         batch_bytes=batch.blocks.numel() * 2,
     )
+
+
+def _most_visible(config: PretrainConfig) -> PretrainConfig:
+    levels = tuple(level.model_copy(update={"hidden_ratio": level.ratios[0]}) for level in config.plan.levels)
+    return config.model_copy(update={"plan": config.plan.model_copy(update={"levels": levels})})
 
 
 def choose_policy(config: PretrainConfig, room_bytes: int) -> tuple[Checkpointing, str]:

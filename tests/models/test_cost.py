@@ -13,6 +13,7 @@ from mim_scale.methods import cost
 from mim_scale.methods.build import build_method
 from mim_scale.methods.cost import FEWEST_FIRST, choose_policy, cost_of
 from tests.models.small import changed, small_batch, small_config
+from tests.models.small_methods import method_config
 
 LEVELS = [{"hidden_ratio": 0.5}, {"hidden_ratio": 0.6}]
 METHOD = {"alignment": "none", "level_weights": [1.0, 1.0]}
@@ -73,3 +74,10 @@ def test_estimate_prints_a_table_and_json(capsys, tmp_path) -> None:
         assert values[policy]["measured"]["flops"] == values[policy]["flops"]
         assert values[policy]["measured"]["peak_bytes"] > 0
     assert not torch.is_autocast_enabled("cpu")
+
+
+def test_the_lowest_of_drawn_ratios_counts() -> None:
+    plans = [{"levels": [{"hidden_ratio": ratio, "views": 2}]} for ratio in ([0.25, 0.75], 0.25, 0.75)]
+    drawn, low, high = (cost_of(method_config("mae", "vit", plan=plan), "none") for plan in plans)
+    assert drawn == low
+    assert drawn.bytes > high.bytes
