@@ -46,6 +46,7 @@ def test_no_function_is_over_60_lines() -> None:
         ("mim_scale.config_file", ()),
         ("mim_scale.sampling.plan", ()),
         ("mim_scale.sampling.order", ()),
+        ("mim_scale.training.supervise", ()),
         ("mim_scale.store.dataset", ("tensorstore",)),
         ("mim_scale.streaming.stream_threads", ("tensorstore",)),
         ("data_pipeline.commands.build", ("tensorstore",)),

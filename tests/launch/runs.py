@@ -1,8 +1,10 @@
 """Small real runs under launchers: where they stand, what they ended with."""
 
 import contextlib
+import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +14,11 @@ import torch
 from mim_scale.training.journal import read_journal
 from tests.synthetic import make_dataset
 from tests.training.checkpoints import state_of
-from tests.training.jobs import PRETRAIN, write_config
+from tests.training.jobs import PRETRAIN, ROOT, environment, write_config
 from tests.training.standin import small_config
 
 LIMIT_S = 180
+SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py")]
 
 
 def small_run(folder: Path, steps: int = 8, engine: str = "plain") -> Path:
@@ -64,3 +67,49 @@ def assert_same_end(output: Path, other: Path) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
     assert losses(output) == losses(other)
     assert sorted(losses(output)) == list(range(1, steps + 1))
+
+
+@contextlib.contextmanager
+def supervised(*words: str, options: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
+    """A supervisor over words, its lines in a pipe; whatever of it is alive at the end is ended."""
+    job = subprocess.Popen(
+        [*SUPERVISE, *options, "--", *words],
+        cwd=ROOT,
+        env=environment(PYTHONPATH=str(ROOT)),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield job
+    finally:
+        for process in family(job):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.kill()
+        job.kill()
+        job.wait(timeout=LIMIT_S)
+
+
+def family(job: subprocess.Popen[str]) -> list[psutil.Process]:
+    """All that came of a job."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return psutil.Process(job.pid).children(recursive=True)
+    return []
+
+
+def ended(job: subprocess.Popen[str], limit_s: float = LIMIT_S) -> tuple[int, list[str]]:
+    """The code, and what the supervisor said."""
+    _, text = job.communicate(timeout=limit_s)
+    return job.returncode, [line for line in text.splitlines() if line.startswith(("supervisor: ", "error: "))]
+
+
+def gone(processes: list[psutil.Process], within_s: float = 5) -> bool:
+    """Whether none of them runs any more."""
+    # Orphans whose parents were killed may stay as zombies of a process 1 that does not look after them.
+    deadline = time.monotonic() + within_s
+    while time.monotonic() < deadline:
+        alive = [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+        if not alive:
+            return True
+        time.sleep(0.05)
+    return False

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,42 +15,14 @@ import pytest
 
 from mim_scale.training.exit_report import FOLDER, ExitReport, read_reports, tell_supervisor
 from mim_scale.training.supervise import judge
-from tests.training.jobs import ROOT, environment
+from tests.launch.runs import SUPERVISE, ended, family, gone, supervised
 
-SUPERVISE = str(ROOT / "launch" / "supervise.py")
 STAND_INS = str(Path(__file__).with_name("stand_ins.py"))
 LIMIT_S = 60
 
 
-@contextlib.contextmanager
-def supervised(*words: str, options: tuple[str, ...] = ()) -> Iterator[subprocess.Popen[str]]:
-    """A supervisor over words, its lines in a pipe; whatever of it is alive at the end is ended."""
-    job = subprocess.Popen(
-        [sys.executable, SUPERVISE, *options, "--", *words],
-        cwd=ROOT,
-        env=environment(PYTHONPATH=str(ROOT)),
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        yield job
-    finally:
-        for process in family(job):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        job.kill()
-        job.wait(timeout=LIMIT_S)
-
-
 def stand_ins(folder: Path, *plans: str) -> tuple[str, ...]:
     return (sys.executable, STAND_INS, "launch", str(folder), *plans)
-
-
-def family(job: subprocess.Popen[str]) -> list[psutil.Process]:
-    with contextlib.suppress(psutil.NoSuchProcess):
-        return psutil.Process(job.pid).children(recursive=True)
-    return []
 
 
 def until(happened: Callable[[], Any]) -> Any:
@@ -59,12 +31,6 @@ def until(happened: Callable[[], Any]) -> Any:
         assert time.monotonic() < deadline
         time.sleep(0.02)
     return found
-
-
-def ended(job: subprocess.Popen[str], limit_s: float = LIMIT_S) -> tuple[int, list[str]]:
-    """The code, and what the supervisor said."""
-    _, text = job.communicate(timeout=limit_s)
-    return job.returncode, [line for line in text.splitlines() if line.startswith(("supervisor: ", "error: "))]
 
 
 def starts(folder: Path) -> int:
@@ -79,17 +45,6 @@ def ranks_of(folder: Path, alive: int = 2) -> list[psutil.Process]:
         with contextlib.suppress(psutil.NoSuchProcess):
             found.append(psutil.Process(int(path.name.removeprefix("alive_"))))
     return found
-
-
-def gone(processes: list[psutil.Process], within_s: float = 5) -> bool:
-    # Orphans whose parents were killed may stay as zombies of a process 1 that does not look after them.
-    deadline = time.monotonic() + within_s
-    while time.monotonic() < deadline:
-        alive = [one for one in processes if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
-        if not alive:
-            return True
-        time.sleep(0.05)
-    return False
 
 
 KILLED, LOST, DONE = ExitReport(7, 1), ExitReport(8, 0, "run", 75), ExitReport(9, 0, "run", 0)
@@ -224,6 +179,6 @@ def test_a_killed_supervisor_leaves_nothing_behind(tmp_path: Path, who: str) -> 
 
 
 def test_no_command_is_told_in_one_line() -> None:
-    job = subprocess.run([sys.executable, SUPERVISE], capture_output=True, text=True, check=False)
+    job = subprocess.run(SUPERVISE, capture_output=True, text=True, check=False)
     assert job.returncode == 2
     assert job.stderr.startswith("error: no command to run: put it after --")

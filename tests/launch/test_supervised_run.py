@@ -8,8 +8,19 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.runs import LIMIT_S, arguments, assert_same_end, losses, ranks, small_run, until
-from tests.launch.test_supervise import ended, family, gone, supervised
+from tests.launch.runs import (
+    LIMIT_S,
+    arguments,
+    assert_same_end,
+    ended,
+    family,
+    gone,
+    losses,
+    ranks,
+    small_run,
+    supervised,
+    until,
+)
 from tests.training.jobs import deepspeed, python, run, torchrun
 
 pytestmark = [pytest.mark.dist, pytest.mark.launcher]

@@ -10,12 +10,11 @@ import psutil
 import pytest
 
 from tests.launch.nodes import Node, two_nodes, why_not
-from tests.launch.runs import LIMIT_S, arguments, assert_same_end, losses, small_run, until
-from tests.training.jobs import ROOT, free_port, run, torchrun
+from tests.launch.runs import LIMIT_S, SUPERVISE, arguments, assert_same_end, losses, small_run, until
+from tests.training.jobs import free_port, run, torchrun
 
 pytestmark = [pytest.mark.dist, pytest.mark.launcher, pytest.mark.soak]
 
-SUPERVISE = [sys.executable, str(ROOT / "launch" / "supervise.py"), "--"]
 Nodes = tuple[Node, Node]
 Command = list[str]
 
@@ -109,7 +108,8 @@ def test_a_node_that_dies_comes_back_and_the_run_goes_on(
     """All that runs on a node is killed at once, as when its power goes; then it is started again, as at a boot."""
     port, output = free_port(), tmp_path / "run"
     commands = [
-        [*SUPERVISE, *launcher(nodes, number, 1, port, tmp_path), *arguments(config, output)] for number in range(2)
+        [*SUPERVISE, "--", *launcher(nodes, number, 1, port, tmp_path), *arguments(config, output)]
+        for number in range(2)
     ]
     jobs = [
         node.start(command, tmp_path / f"log_{number}")
