@@ -4,6 +4,7 @@ import contextlib
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,7 +45,11 @@ def why_not() -> str | None:
 
 @contextlib.contextmanager
 def two_nodes() -> Iterator[tuple[Node, Node]]:
-    """Both, and nothing of them afterwards."""
+    """Both, and nothing of them afterwards; on a machine that cannot be two, two addresses of its loopback."""
+    if reason := why_not():
+        warnings.warn(f"the two nodes are addresses of loopback only: {reason}", stacklevel=2)
+        yield (Node("one", "127.0.0.2", ()), Node("two", "127.0.0.3", ()))
+        return
     key = os.getpid() % 10000
     names = [f"mim-{key}-{letter}" for letter in "ab"]
     cables = [f"mim{key}{letter}" for letter in "ab"]

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.launch.nodes import Node, two_nodes, why_not
+from tests.launch.nodes import Node, two_nodes
 from tests.launch.runs import LIMIT_S, SUPERVISE, arguments, assert_same_end, losses, small_run, until
 from tests.training.jobs import free_port, run, torchrun
 
@@ -21,8 +21,6 @@ Command = list[str]
 
 @pytest.fixture(scope="module")
 def nodes() -> Iterator[Nodes]:
-    if reason := why_not():
-        pytest.skip(reason)
     with two_nodes() as found:
         yield found
 
