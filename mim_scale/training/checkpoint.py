@@ -112,7 +112,7 @@ class CheckpointFolder:
             OSError: it is not published.
         """
         final = self.path / _name(step)
-        record = {"format_version": FORMAT_VERSION, "step": step, **facts, "versions": _versions(), "files": files}
+        record = {"format_version": FORMAT_VERSION, "step": step, **facts, "versions": versions(), "files": files}
         write_file(temporary / RECORD, sealed(record)[0])
         publish_folder(temporary, final)
         self._verified.add(final.name)
@@ -280,7 +280,7 @@ def _reason(error: Exception) -> str:
 
 
 @functools.cache
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for name in VERSIONS_OF:
         try:

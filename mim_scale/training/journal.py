@@ -1,7 +1,8 @@
 """The journal of a run, `journal.jsonl`: one JSON line a step, the truth that every other view of the run is fed from.
 
 Rows have a `kind`:
-  start     a process took up the run: step, world, fingerprint, config_digest, time
+  start     a process took up the run: step, world, fingerprint, config_digest, store, num_volumes, process, versions,
+            and, where its code lies in a git checkout, commit and is_dirty
   step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm,
             samples_per_second, data_wait (share of the time); null for what is not finite. A step that was left out has
             `left_out`, a spike that was not has `noted`: the reason; both have `volumes`, the keys of what was seen

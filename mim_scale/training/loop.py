@@ -39,6 +39,7 @@ from mim_scale.training.saving import Saver, State, find_writers, send_state
 from mim_scale.training.schedule import learning_rate
 from mim_scale.training.step import StepMetrics, train_step
 from mim_scale.training.stop import StopRequest
+from mim_scale.training.tracking_system import system_rows
 from mim_scale.training.watchdog import Watchdog, watched
 
 
@@ -140,7 +141,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
                 del state
             resources.enter_context(ray_for_ranks(config.data, ranks))
             held_out = HeldOut(config, dataset, held_rows, ranks)
-            records.begin(start.step)
+            records.begin(start.step, len(dataset.rows))
+            resources.enter_context(system_rows(config, ranks.local_rank == 0 and ranks.rank in writers))
             saver = Saver(engine, ranks, records, progress, writers, config.checkpoint.background)
             resources.enter_context(saver)
             run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards, watchdog, saver)

@@ -1,5 +1,7 @@
 """What rank 0 keeps of a run: lock, journal, checkpoints, tracker. On other ranks the same calls do nothing."""
 
+import os
+import socket
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,7 +14,7 @@ from mim_scale.config_file import config_values, digest_config
 from mim_scale.errors import StoreError
 from mim_scale.methods.method import Preview
 from mim_scale.store.geometry import Spacing3
-from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder
+from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, versions
 from mim_scale.training.guards import Guards
 from mim_scale.training.journal import Journal, read_journal
 from mim_scale.training.run_folder import (
@@ -26,6 +28,7 @@ from mim_scale.training.run_folder import (
     refuse_other_run,
 )
 from mim_scale.training.tracking import NoTracker, Status, Tracker, open_tracker
+from mim_scale.training.tracking_git import git_state
 
 
 @dataclass(frozen=True)
@@ -88,25 +91,28 @@ class Records:
             self._refuse_other_store(self._journal.first_start.get("fingerprint"))
         return StartingPoint(checkpoint, self._journal.last_held_out)
 
-    def begin(self, step: int) -> None:
-        """Note that a process took up the run, and let the tracker follow."""
+    def begin(self, step: int, num_volumes: int) -> None:
+        """Note that a process took up the run, with what it runs on, and let the tracker follow."""
         if self._journal is None:
             return
-        facts = {"fingerprint": self._fingerprint, "config_digest": digest_config(self._config), "world": self._world}
-        self._journal.write("start", step, time=time.time(), **facts)
+        facts = {
+            "fingerprint": self._fingerprint,
+            "config_digest": digest_config(self._config),
+            "world": self._world,
+            "store": self._config.data.store,
+            "num_volumes": num_volumes,
+            "process": f"{os.getpid()} on {socket.gethostname()}",
+            "versions": versions(),
+        }
+        self._journal.write("start", step, time=time.time(), **facts, **git_state())
         self.follow()
 
     def follow(self) -> None:
-        """Let the tracker bring over what it lacks of the journal."""
+        """Let the tracker bring over what it lacks of the run folder."""
         if self._journal is None:
             return
         self._tracker = open_tracker(self._config.tracking, self._output, self._journal.path)
-        tags = {
-            "fingerprint": self._fingerprint,
-            "config_digest": digest_config(self._config),
-            "world": str(self._world),
-        }
-        self._tracker.start(flatten(config_values(self._config)), tags)
+        self._tracker.start(flatten(config_values(self._config)))
 
     def row(self, kind: str, step: int, **values: Any) -> None:
         """Write a journal row; a step that has one already keeps it."""
@@ -148,8 +154,6 @@ class Records:
         for number, (keys, preview) in enumerate(previews, start=1):
             draw_preview(preview, keys, folder, number)
         draw_loss_curve(read_journal(self._journal.path), folder / "loss.png")
-        for path in sorted(folder.glob("*.png")):
-            self._tracker.image(path)
 
     def __enter__(self) -> Self:
         return self

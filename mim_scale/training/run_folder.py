@@ -16,6 +16,7 @@ CONFIG = "config.yaml"
 JOURNAL = "journal.jsonl"
 CHECKPOINTS = "checkpoints"
 PICTURES = "pictures"
+SYSTEM = "system"
 LOCK = "run.lock"
 
 MAY_CHANGE = (

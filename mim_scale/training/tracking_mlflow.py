@@ -1,14 +1,18 @@
-"""MLflow as a view of the journal; the one home of mlflow.
+"""MLflow as a view of the run folder; the one home of mlflow.
 
-A thread reads the journal and sends whole rows in batches, so what waits to be sent lies on disk and memory stays
-bounded however long MLflow is away. The run's id is kept in `mlflow_run.json`: a restarted training goes on in the same
-run, from the last step that MLflow has. Failures are counted and told once; they never reach the training.
+A thread reads the journal and the nodes' rows under `system/` and sends whole rows in batches; pictures, the config and
+a table of the checkpoints follow as they change. All that waits to be sent lies on disk, so memory stays bounded and
+nothing is lost however long MLflow is away. The run's id is kept in `mlflow_run.json`: a restarted training goes on in
+the same run, from the last step that MLflow has. Failures are counted and told once; they never reach the training.
+
+The run is RUNNING from the start of a process to its orderly end. One whose process was killed stays so until the next
+start: the tag `process` names whom to look for, and its system metrics end where it did.
 """
 
+import contextlib
 import json
 import logging
 import os
-import queue
 import sys
 import threading
 import time
@@ -17,8 +21,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mim_scale.commit import sync_folder, temporary_beside, write_file
-from mim_scale.training.tracking import Status, metrics_of
+from mim_scale.commit import TEMPORARY, sha256_file, sync_folder, temporary_beside, write_file
+from mim_scale.training.run_folder import CHECKPOINTS, CONFIG, PICTURES, SYSTEM
+from mim_scale.training.tracking import Status, Tail, metrics_of
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -32,7 +37,10 @@ CLOSE_S = 60.0
 """How long the end of a run may wait for MLflow to take the last rows."""
 MAX_METRICS = 1000
 """What MLflow accepts in one call."""
-MAX_FILES = 256
+MAX_DIGEST = 36
+"""What MLflow keeps of a dataset's digest."""
+ENDING_WAIT_S = 4.0
+CHECKPOINT_TABLE = "checkpoints.json"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
@@ -41,8 +49,8 @@ QUIET = {
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
 """MLflow's own settings, where the user has set none: the journal is patient, so a call need not be."""
-KINDS = {"step": "position", "held_out": "held_out/loss"}
-"""Kinds of journal rows that are sent, each with a metric that tells which steps MLflow already has."""
+MARKS = {"step": "position", "held_out": "held_out/loss", "system": "system/{host}/cpu_percent"}
+"""Kinds of rows that are sent, each with a metric of every such row that tells which steps MLflow already has."""
 
 
 class MlflowTracker:
@@ -55,31 +63,27 @@ class MlflowTracker:
         self._experiment = experiment
         self._run_file = output / RUN_FILE
         self._journal = journal
-        self._files: queue.Queue[tuple[Path, str | None]] = queue.Queue(MAX_FILES)
+        self._output = output
         self._ending = threading.Event()
         self._wake = threading.Event()
         self._status: Status = "FAILED"
         self._thread: threading.Thread | None = None
-        self._offset = 0
-        self._seen = dict.fromkeys(KINDS, -1)
+        self._tails: dict[Path, Tail] = {}
+        self._seen: dict[str, int] = {}
+        self._sent: dict[Path, int] = {}
+        self._files_due = 0.0
+        self._newest_start: dict[str, Any] | None = None
         self._client: MlflowClient | None = None
         self._run_id = ""
+        self._told: set[str] = set()
         self.failures = 0
         self.delivered = False
 
-    def start(self, params: dict[str, Any], tags: dict[str, str]) -> None:
-        """Begin to follow the journal; returns at once."""
-        self._params, self._tags = params, tags
+    def start(self, params: dict[str, Any]) -> None:
+        """Begin to follow the run folder; returns at once."""
+        self._params = params
         self._thread = threading.Thread(target=self._follow, name="mim-mlflow", daemon=True)
         self._thread.start()
-
-    def image(self, path: Path) -> None:
-        """Send a picture after the rows before it."""
-        self._put(path, "pictures")
-
-    def artifact(self, path: Path) -> None:
-        """Send a file after the rows before it."""
-        self._put(path, None)
 
     def close(self, status: Status) -> None:
         """Send the rest, tell the run's status, and wait for both at most CLOSE_S seconds."""
@@ -94,32 +98,28 @@ class MlflowTracker:
                 "the last rows did not reach MLflow; the journal has them, and they go up when the run is started again"
             )
 
-    def _put(self, path: Path, folder: str | None) -> None:
-        try:
-            self._files.put_nowait((path, folder))
-        except queue.Full:
-            _say(f"{path.name} is not sent: {MAX_FILES} files wait already")
-        self._wake.set()
-
     def _follow(self) -> None:
-        deadline = float("inf")
+        deadline, in_a_row = float("inf"), 0
         while True:
             ending = self._ending.is_set()
             if ending and deadline == float("inf"):
                 deadline = time.monotonic() + CLOSE_S
-            if self._guarded(self._deliver):
-                if ending and self._guarded(self._end):
+            if self._guarded(self._deliver, "metrics"):
+                self._deliver_files(ending)
+                if ending and self._guarded(self._end, "the run's status"):
                     self.delivered = True
                     return
-                wait = POLL_S
+                in_a_row = 0
             else:
-                wait = min(LONGEST_WAIT_S, POLL_S * 2 ** min(self.failures, 6))
+                in_a_row += 1
+            longest = ENDING_WAIT_S if ending else LONGEST_WAIT_S
+            wait = min(longest, POLL_S * 2 ** min(in_a_row, 6))
             if ending and time.monotonic() + wait > deadline:
                 return
             self._wake.wait(wait)
             self._wake.clear()
 
-    def _guarded(self, action: Callable[[], None]) -> bool:
+    def _guarded(self, action: Callable[[], None], what: str) -> bool:
         """Whether the action went through; MLflow raises whatever its store, its transport or its server raise."""
         try:
             action()
@@ -127,11 +127,10 @@ class MlflowTracker:
             self.failures += 1
             # A call may have gone through and only its answer been lost: ask again what MLflow has before sending more.
             self._client = None
-            if self.failures == 1:
+            if what not in self._told:
+                self._told.add(what)
                 reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-                _say(
-                    f"MLflow at {self._uri} does not take metrics ({reason}); training goes on and they are sent later"
-                )
+                _say(f"MLflow at {self._uri} does not take {what} ({reason}); training goes on and they are sent later")
             return False
         return True
 
@@ -140,11 +139,30 @@ class MlflowTracker:
             self._connect()
         for metrics in self._batches():
             self._sender.log_batch(self._run_id, metrics=metrics)
-        while not self._files.empty():
-            path, folder = self._files.queue[0]
-            if path.is_file():
-                self._sender.log_artifact(self._run_id, str(path), folder)
-            self._files.get_nowait()
+        if self._newest_start is not None:
+            self._describe(self._newest_start)
+            self._newest_start = None
+
+    def _deliver_files(self, ending: bool) -> None:
+        """Send files; a place for artifacts that does not take them must not keep the rows waiting."""
+        client = self._client
+        if ending or time.monotonic() >= self._files_due:
+            if not self._guarded(self._send_files, "files"):
+                self._files_due = time.monotonic() + LONGEST_WAIT_S
+            self._client = client
+
+    def _send_files(self) -> None:
+        for folder, pattern in ((None, CONFIG), (PICTURES, f"{PICTURES}/*.png")):
+            for path in sorted(self._output.glob(pattern)):
+                if not path.name.startswith(TEMPORARY) and (changed := _changed(path)) != self._sent.get(path):
+                    self._sender.log_artifact(self._run_id, str(path), folder)
+                    self._sent[path] = changed
+        records = sorted((self._output / CHECKPOINTS).glob("step_*/run.json"))
+        newest = max(map(_changed, records), default=0)
+        table = self._output / CHECKPOINTS
+        if newest > self._sent.get(table, 0):
+            self._sender.log_text(self._run_id, _checkpoint_table(records), CHECKPOINT_TABLE)
+            self._sent[table] = newest
 
     def _end(self) -> None:
         self._sender.set_terminated(self._run_id, self._status)
@@ -166,9 +184,7 @@ class MlflowTracker:
             _make_database(self._database)
         client = MlflowClient(tracking_uri=self._uri)
         self._run_id = self._find_or_make_run(client)
-        for kind, metric in KINDS.items():
-            self._seen[kind] = max((m.step for m in client.get_metric_history(self._run_id, metric)), default=-1)
-        self._offset = 0
+        self._tails, self._seen = {}, {}
         self._client = client
 
     def _find_or_make_run(self, client: "MlflowClient") -> str:
@@ -184,8 +200,6 @@ class MlflowTracker:
             write_file(self._run_file, json.dumps(known).encode())
         run_id = str(known["run_id"])
         client.update_run(run_id, status="RUNNING")
-        for name, value in self._tags.items():
-            client.set_tag(run_id, name, value)
         return run_id
 
     def _search(self, client: "MlflowClient", key: str) -> str | None:
@@ -209,6 +223,27 @@ class MlflowTracker:
         for start in range(0, len(params), 100):
             client.log_batch(run_id, params=params[start : start + 100])
 
+    def _describe(self, start: dict[str, Any]) -> None:
+        """What a `start` row tells of the run, as tags, and its dataset as an input; again is the same."""
+        from mlflow.entities import Dataset, DatasetInput, InputTag, RunTag
+
+        tags = {name: start.get(name) for name in ("fingerprint", "config_digest", "world", "process")}
+        tags |= {f"version.{name}": version for name, version in start.get("versions", {}).items()}
+        commit, is_dirty = start.get("commit"), start.get("is_dirty")
+        tags |= {"mlflow.source.git.commit": commit, "mlflow.source.git.dirty": commit and str(is_dirty).lower()}
+        self._sender.log_batch(self._run_id, tags=[RunTag(key, str(v)) for key, v in tags.items() if v is not None])
+        if "store" not in start:
+            return  # written before rows told it
+        dataset = Dataset(
+            name=Path(start["store"]).name,
+            digest=start["fingerprint"][:MAX_DIGEST],
+            source_type="local",
+            source=json.dumps({"uri": start["store"]}),
+            profile=json.dumps({"num_volumes": start["num_volumes"], "fingerprint": start["fingerprint"]}),
+        )
+        context = [InputTag("mlflow.data.context", "pretraining")]
+        self._sender.log_inputs(self._run_id, datasets=[DatasetInput(dataset, context)])
+
     def _batches(self) -> Iterator[list["Metric"]]:
         """Metrics of whole rows that MLflow does not have yet, as many as one call takes."""
         from mlflow.entities import Metric
@@ -225,19 +260,42 @@ class MlflowTracker:
             yield waiting
 
     def _new_rows(self) -> Iterator[dict[str, Any]]:
-        """Whole journal rows after the last one read, of the kinds and steps that MLflow lacks."""
-        if not self._journal.is_file():
-            return
-        with open(self._journal, "rb") as file:
-            file.seek(self._offset)
-            for line in file:
-                if not line.endswith(b"\n"):
-                    return
-                row = json.loads(line)
-                self._offset += len(line)
-                if row["kind"] in KINDS and row["step"] > self._seen[row["kind"]]:
-                    self._seen[row["kind"]] = row["step"]
-                    yield row
+        """Whole rows after the last ones read, of the kinds and steps that MLflow lacks."""
+        for path in (self._journal, *sorted((self._output / SYSTEM).glob("*.jsonl"))):
+            for row in self._tails.setdefault(path, Tail(path)).rows():
+                if row["kind"] == "start":
+                    self._newest_start = row
+                elif row["kind"] in MARKS:
+                    mark = MARKS[row["kind"]].format(host=row.get("host"))
+                    if row["step"] > self._last_step(mark):
+                        self._seen[mark] = row["step"]
+                        yield row
+
+    def _last_step(self, mark: str) -> int:
+        """The last step that MLflow has of a metric; -1 for none."""
+        if mark not in self._seen:
+            points = self._sender.get_metric_history(self._run_id, mark)
+            self._seen[mark] = max((point.step for point in points), default=-1)
+        return self._seen[mark]
+
+
+def _changed(path: Path) -> int:
+    """When a file was last written, in ns; 0 for one that was deleted meanwhile."""
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:
+        return 0
+
+
+def _checkpoint_table(records: list[Path]) -> str:
+    """Where the checkpoints lie and the hashes of their records, which hold those of all files; never the weights."""
+    table = []
+    for record in records:
+        # One that training deleted meanwhile is left out.
+        with contextlib.suppress(FileNotFoundError):
+            step = int(record.parent.name.rpartition("_")[2])
+            table.append({"step": step, "path": str(record.parent.resolve()), "sha256": sha256_file(record)})
+    return json.dumps(table, indent=1)
 
 
 def _make_database(path: Path) -> None:

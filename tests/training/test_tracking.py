@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from mim_scale.commit import sha256_file
 from mim_scale.config import TrackingConfig
 from mim_scale.training import tracking_mlflow
 from mim_scale.training.journal import Journal
@@ -19,7 +20,16 @@ from mim_scale.training.tracking_mlflow import MlflowTracker
 from tests.training.jobs import ROOT, environment
 
 PARAMS = {"seed": 3, "plan.levels.0.cells": [2, 2, 2]}
-TAGS = {"fingerprint": "f" * 64}
+FINGERPRINT = "f" * 64
+START = {
+    "fingerprint": FINGERPRINT,
+    "config_digest": "c" * 64,
+    "world": 1,
+    "store": "/data/store",
+    "num_volumes": 7,
+    "process": "1 on here",
+    "versions": {"torch": "2.8"},
+}
 
 FOLLOW_AND_DIE = """
 import os, sys, time
@@ -29,10 +39,13 @@ from mim_scale.training.tracking_mlflow import MlflowTracker
 folder = Path(sys.argv[1])
 journal = Journal(folder / "journal.jsonl")
 tracker = MlflowTracker("auto", "mim-scale", folder, journal.path)
+journal.write("start", 0, fingerprint="f" * 64)
 for step in range(1, 4):
-    journal.write("step", step, loss=float(step), time=time.time())
-tracker.start({"seed": 3, "plan.levels.0.cells": [2, 2, 2]}, {"fingerprint": "f" * 64})
-while tracker._seen["step"] < 3 or tracker._client is None:
+    journal.write("step", step, loss=float(step), position=step, time=time.time())
+tracker.start({"seed": 3, "plan.levels.0.cells": [2, 2, 2]})
+while tracker._client is None or (tracker._run_id, 3) not in [
+    (tracker._run_id, point.step) for point in tracker._client.get_metric_history(tracker._run_id, "position")
+]:
     time.sleep(0.05)
 print("sent", flush=True)
 time.sleep(60)
@@ -44,7 +57,7 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A fresh MLflow database, made once: making one takes seconds."""
     folder = tmp_path_factory.mktemp("mlflow")
     tracker = MlflowTracker("auto", "mim-scale", folder, folder / "journal.jsonl")
-    tracker.start({}, {})
+    tracker.start({})
     tracker.close("FINISHED")
     return folder / "mlflow.db"
 
@@ -71,15 +84,18 @@ def client_of(output: Path) -> Any:
 def runs(output: Path) -> list[Any]:
     """The runs that this folder's trackers made; the database came with one of its own."""
     found = client_of(output).search_runs(["1"])
-    return [run for run in found if run.data.tags.get("fingerprint") == TAGS["fingerprint"]]
+    return [run for run in found if run.data.tags.get("fingerprint") == FINGERPRINT]
 
 
 def follow(output: Path, first: int, last: int, status: str = "FINISHED", **metrics: float) -> MlflowTracker:
     journal = Journal(output / "journal.jsonl")
     tracker = MlflowTracker("auto", "mim-scale", output, journal.path)
-    tracker.start(PARAMS, TAGS)
+    journal.write("start", first - 1, **START)
+    tracker.start(PARAMS)
     for step in range(first, last + 1):
-        journal.write("step", step, loss=float(step), parts={"level_1": 0.5}, time=time.time(), **metrics)
+        journal.write(
+            "step", step, loss=float(step), position=step, parts={"level_1": 0.5}, time=time.time(), **metrics
+        )
         if step % 2 == 0:
             journal.write("held_out", step, held_out={"loss": 2.0, "trivial_1": 3.0}, time=time.time())
     tracker.close(status)
@@ -121,6 +137,7 @@ def test_killed_while_it_follows(output: Path) -> None:
     job.kill()
     job.wait()
     job.stdout.close()
+    assert runs(output)[0].info.status == "RUNNING"  # nobody said otherwise
     follow(output, 4, 6)
     assert len(runs(output)) == 1
     assert [step for step, _ in history(output)] == [1, 2, 3, 4, 5, 6]
@@ -150,20 +167,64 @@ def test_killed_while_the_database_is_made(tmp_path: Path) -> None:
     assert [step for step, _ in history(tmp_path)] == [1, 2, 3, 4, 5]
 
 
-def test_pictures_and_files(output: Path) -> None:
-    picture, note = output / "level_1.png", output / "note.txt"
-    picture.write_bytes(b"png")
-    note.write_text("note")
-    tracker = MlflowTracker("auto", "mim-scale", output, output / "journal.jsonl")
-    tracker.start(PARAMS, TAGS)
-    tracker.image(picture)
-    tracker.artifact(note)
-    tracker.artifact(output / "deleted.txt")
-    tracker.close("FINISHED")
-    assert tracker.delivered
+def test_what_lies_in_the_folder_is_beside_the_run(output: Path) -> None:
+    """Pictures, config and a table of checkpoints, also where an earlier process drew them; never a tensor."""
+    (output / "pictures").mkdir()
+    (output / "pictures" / "level_1.png").write_bytes(b"png")
+    (output / "pictures" / ".tmp-1-loss.png").write_bytes(b"half")
+    (output / "config.yaml").write_text("seed: 3")
+    for step in (2, 4):
+        folder = output / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        (folder / "weights.safetensors").write_bytes(b"tensors")
+        (folder / "run.json").write_text(f'{{"step": {step}}}')
+    assert follow(output, 1, 2).delivered
     client, run = client_of(output), runs(output)[0]
-    assert [entry.path for entry in client.list_artifacts(run.info.run_id)] == ["note.txt", "pictures"]
+    found = [entry.path for entry in client.list_artifacts(run.info.run_id)]
+    assert found == ["checkpoints.json", "config.yaml", "pictures"]
     assert [entry.path for entry in client.list_artifacts(run.info.run_id, "pictures")] == ["pictures/level_1.png"]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "checkpoints.json")).read_text())
+    assert [row["step"] for row in table] == [2, 4]
+    record = output / "checkpoints" / "step_00000004" / "run.json"
+    assert table[1] == {"step": 4, "path": str(record.parent), "sha256": sha256_file(record)}
+
+
+def test_a_place_for_files_that_takes_none_costs_only_them(
+    output: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    def refuse(self: Any, *arguments: Any, **options: Any) -> None:
+        raise PermissionError("/mnt/artifacts")
+
+    monkeypatch.setattr(MlflowClient, "log_artifact", refuse)
+    (output / "config.yaml").write_text("seed: 3")
+    assert follow(output, 1, 4).delivered
+    assert [step for step, _ in history(output)] == [1, 2, 3, 4]
+    assert runs(output)[0].info.status == "FINISHED"
+    assert capfd.readouterr().err.count("does not take files (PermissionError: /mnt/artifacts)") == 1
+
+
+def test_dataset_and_origin_come_from_the_newest_start(output: Path) -> None:
+    follow(output, 1, 2)
+    follow(output, 3, 4)
+    run = runs(output)[0]
+    (dataset,) = [found.dataset for found in run.inputs.dataset_inputs]
+    assert (dataset.name, dataset.digest) == ("store", FINGERPRINT[:36])
+    assert json.loads(dataset.source) == {"uri": "/data/store"}
+    assert json.loads(dataset.profile) == {"num_volumes": 7, "fingerprint": FINGERPRINT}
+    assert run.data.tags["version.torch"] == "2.8"
+    assert run.data.tags["process"] == "1 on here"
+    assert "mlflow.source.git.commit" not in run.data.tags
+    journal = Journal(output / "journal.jsonl")
+    journal.write("start", 4, **{**START, "process": "2 on there"}, commit="abc", is_dirty=True)
+    journal.close()
+    tracker = MlflowTracker("auto", "mim-scale", output, output / "journal.jsonl")
+    tracker.start(PARAMS)
+    tracker.close("FINISHED")
+    tags = runs(output)[0].data.tags
+    assert (tags["mlflow.source.git.commit"], tags["mlflow.source.git.dirty"]) == ("abc", "true")
+    assert tags["process"] == "2 on there"
 
 
 def test_a_store_that_fails_is_told_once_and_caught_up(
@@ -189,9 +250,10 @@ def test_a_store_that_fails_is_told_once_and_caught_up(
     monkeypatch.setattr(MlflowClient, "log_batch", failing)
     journal = Journal(output / "journal.jsonl")
     tracker = MlflowTracker("auto", "mim-scale", output, journal.path)
-    tracker.start(PARAMS, TAGS)
+    tracker.start(PARAMS)
+    journal.write("start", 0, **START)
     for step in range(1, 13):
-        journal.write("step", step, loss=float(step))
+        journal.write("step", step, loss=float(step), position=step, time=time.time())
         time.sleep(0.02)
     tracker.close("FINISHED")
     assert tracker.delivered
@@ -207,7 +269,7 @@ def test_mlflow_away_for_the_whole_run(
     monkeypatch.setattr(tracking_mlflow, "POLL_S", 0.01)
     journal = Journal(tmp_path / "journal.jsonl")
     tracker = MlflowTracker("http://127.0.0.1:9", "mim-scale", tmp_path, journal.path)
-    tracker.start(PARAMS, TAGS)
+    tracker.start(PARAMS)
     began = time.monotonic()
     for step in range(1, 4):
         journal.write("step", step, loss=float(step))
@@ -230,6 +292,6 @@ def test_mlflow_away_for_the_whole_run(
 def test_none_is_none(tmp_path: Path) -> None:
     tracker = open_tracker(TrackingConfig(mlflow=None), tmp_path, tmp_path / "journal.jsonl")
     assert isinstance(tracker, NoTracker)
-    tracker.start({}, {})
+    tracker.start({})
     tracker.close("FINISHED")
     assert list(tmp_path.iterdir()) == []
