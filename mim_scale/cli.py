@@ -13,6 +13,7 @@ from mim_scale.config_file import check_config
 from mim_scale.errors import ConfigError, exit_with
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
 from mim_scale.streaming.peek_commands import add_peek
+from mim_scale.training.checkpoint_commands import add_checkpoint
 from mim_scale.training.estimate_commands import add_estimate
 from mim_scale.training.status_commands import add_status
 
@@ -58,6 +59,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add_estimate(verbs)
     add_status(verbs)
+    add_checkpoint(verbs)
     add_bench(verbs)
 
     export = verbs.add_parser("export", help="write a run's encoder as safetensors + config.json")
