@@ -12,7 +12,8 @@ import torch
 
 from mim_scale import disk
 from mim_scale.config import PretrainConfig
-from mim_scale.errors import CheckpointError
+from mim_scale.config_file import check_config, config_values
+from mim_scale.errors import CheckpointError, ConfigError
 from mim_scale.training.checkpoint import read_checkpoint
 from mim_scale.training.engine import Engine, build_engine
 from mim_scale.training.journal import read_journal
@@ -184,6 +185,14 @@ def test_a_run_that_ends_leaves_a_whole_one_or_none(
         end()
     assert leftovers(records) == []
     assert [path.name for path in records.checkpoints.folders()] == ["step_00000001"] * is_written
+
+
+def test_a_run_that_would_keep_one_checkpoint_is_refused(config: PretrainConfig) -> None:
+    values = config_values(config)
+    values["checkpoint"]["keep"] = 1
+    with pytest.raises(ConfigError, match=r"checkpoint: keep is 1: .* keep at least 2 checkpoints") as caught:
+        check_config(PretrainConfig, values, "config.yaml")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")
