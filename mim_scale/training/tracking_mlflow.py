@@ -44,7 +44,7 @@ CHECKPOINT_TABLE = "checkpoints.json"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_LOGGING_LEVEL": "ERROR",
+    "MLFLOW_LOGGING_LEVEL": "CRITICAL",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
@@ -179,7 +179,8 @@ class MlflowTracker:
         logging.getLogger("alembic").setLevel(logging.WARNING)
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.ERROR)  # again: somebody may have imported it before
+        # Again: somebody may have imported it before. We tell what fails, in one line, without MLflow's tracebacks.
+        logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         if self._database is not None and not self._database.exists():
             _make_database(self._database)
         client = MlflowClient(tracking_uri=self._uri)

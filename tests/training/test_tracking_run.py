@@ -19,6 +19,7 @@ from mim_scale.training.tracking_git import git_state
 from mim_scale.training.tracking_mlflow import MlflowTracker
 from mim_scale.training.tracking_system import system_rows
 from tests.synthetic import make_dataset
+from tests.training.mlflow_server import copy_database
 from tests.training.standin import small_config
 
 
@@ -131,6 +132,7 @@ def test_two_nodes_in_one_run(tmp_path: Path) -> None:
     """Each step of each node once, across a restart of the tracker."""
     from mlflow import MlflowClient
 
+    copy_database(tmp_path / "mlflow.db")
     for count in (3, 5):
         for host in ("a", "b"):
             (tmp_path / "system").mkdir(exist_ok=True)
