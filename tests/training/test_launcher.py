@@ -1,4 +1,4 @@
-"""The real launcher, two ranks, killed three times: the run ends with the weights of one that nothing happened to."""
+"""The real launcher, two ranks, killed two or three times: the run ends with the weights of one that nothing happened to."""
 
 import contextlib
 import json
@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -129,11 +129,17 @@ def assert_equal_checkpoints(output: Path, other: Path) -> None:
         assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
-def test_killed_at_three_instants_and_run_again(config_path: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kills",
+    [
+        (kill_inside_a_save, kill_one_rank),
+        pytest.param((kill_in_a_step, kill_inside_a_save, kill_one_rank), marks=pytest.mark.soak),
+    ],
+)
+def test_killed_and_run_again(config_path: Path, tmp_path: Path, kills: Sequence[Callable[[Path, Path], None]]) -> None:
     output, straight = tmp_path / "run", tmp_path / "straight"
-    kill_in_a_step(config_path, output)
-    kill_inside_a_save(config_path, output)
-    kill_one_rank(config_path, output)
+    for kill in kills:
+        kill(config_path, output)
     assert last_step(output) < STEPS, "the kills came too late to mean anything"
     job = run([*deepspeed(2), *arguments(config_path, output)])
     assert job.returncode == 0, job.stdout + job.stderr
