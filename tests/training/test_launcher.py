@@ -1,4 +1,4 @@
-"""The real launcher, two ranks, killed again and again: the run ends with the weights of one that nothing happened to."""
+"""The real launcher, two ranks, killed again and again: the run ends with the weights of one that nothing met."""
 
 import contextlib
 import json
