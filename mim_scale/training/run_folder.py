@@ -129,9 +129,9 @@ def config_of_record(record: dict[str, Any], where: str) -> PretrainConfig:
 
 def flatten(values: Any, prefix: str = "") -> dict[str, Any]:
     """Nested settings as `a.b.0.c: value`."""
-    if isinstance(values, dict):
+    if isinstance(values, dict) and values:
         items = values.items()
-    elif isinstance(values, list):
+    elif isinstance(values, list) and values:
         items = {str(index): value for index, value in enumerate(values)}.items()
     else:
         return {prefix: values}

@@ -69,8 +69,13 @@ MAY = {
     "train__activation_checkpointing": "none",
     "train__views_at_once": 4,
     "train__keep_freed_memory": False,
+    "train__compile": True,
+    "train__offload_optimizer": True,
+    "train__deepspeed": {"wall_clock_breakdown": True},
+    "guards__hang_s": 60.0,
     "checkpoint__every": 5,
     "checkpoint__keep": 7,
+    "checkpoint__background": False,
     "held_out__every": 1,
     "tracking__mlflow": "auto",
 }
@@ -86,6 +91,8 @@ MAY_NOT = {
     "train__batch": 8,
     "train__precision": "bf16",
     "held_out__samples": 4,
+    "guards__skips_in_a_row": 3,
+    "guards__spikes": "skip",
 }
 
 
