@@ -86,7 +86,7 @@ class LostRankError(ClusterError):
 
 
 class HostError(MimScaleError):
-    """The file system refused: a path cannot be read or written, or the disk is full."""
+    """The system refused: a path cannot be read or written, the disk is full, or memory is short."""
 
 
 class StorageError(MimScaleError):
@@ -145,6 +145,8 @@ def _code_of(main: Callable[[], int]) -> int:
         line, code = "", leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except Exception as error:
         known = host_error(error) if isinstance(error, OSError) else None
+        if isinstance(error, MemoryError):
+            known = HostError(f"this machine has too little memory ({error or 'it was refused'}); ask for less at once")
         if isinstance(error, BrokenPipeError) and _reader_has_gone(sys.stdout):
             # Whoever read our output has gone: nothing is left to say, and nobody to say it to.
             line, code = "", 141

@@ -7,9 +7,6 @@ from pydantic import BeforeValidator, Field, model_validator
 
 from mim_scale.config.parts import Positive, Section, Share, Size, Size3, as_tuple, check_divides, divide
 
-MOST_VOXELS = 2**31
-"""Four gigabytes of int16."""
-
 
 class LevelConfig(Section):
     """One level of nested views."""
@@ -109,8 +106,6 @@ class PlanConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> Self:
         check_divides("view", self.view, "token", self.token)
-        if math.prod(self.box) > MOST_VOXELS:
-            raise ValueError(f"box {list(self.box)} holds {math.prod(self.box):.1e} voxels: no volume has so many")
         if self.crop is None and self.levels[0].views != 1:
             raise ValueError(
                 f"levels[0].views is {self.levels[0].views}: the first level shows the outer box itself, so it has 1 "

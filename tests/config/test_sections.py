@@ -46,7 +46,6 @@ def test_no_preference_stays_null() -> None:
         (("simclr", "vit"), {"plan": {"crop": 12}}, "is not more than half of plan.box"),
         (("simclr", "vit"), {"train": {"views_at_once": 3}}, "compares the 4 views of a group"),
         (("mask_in_mask", "vit"), {"method": {"level_weights": [0, 0, 0], "alignment": "none"}}, "nothing else is"),
-        (("mae", "vit"), {"plan": {"box": 100_000}}, "no volume has so many"),
         (("simmim", "swin"), {"model": {"patch": 4}}, "take token 64, or another patch"),
     ],
 )

@@ -139,6 +139,7 @@ def test_no_error_names_anybody(archive: Path, shell: Shell) -> None:
     assert shell.run(build) == [2]
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_ray_and_its_logs_name_nobody(archive: Path, shell: Shell) -> None:
     assert shell.run(["build", archive, shell.store, "--executor", "ray", "--workers", "2"]) == [0]

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import assume, given
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from mim_scale.config import ForegroundConfig
@@ -84,6 +84,7 @@ def check_masks(config, planned, foreground):
                 assert of_view[children].sum() == min(len(children), wanted)
 
 
+@settings(max_examples=40)
 @given(seeds, positions, maps(), any_configs, st.floats(0.01, 0.99), st.booleans())
 def test_masks_take_foreground_first_and_count_as_ever(seed, position, foreground, config, hidden_share, held_out):
     assume(hidden_share >= max(level.ratios[1] for level in config.levels))
@@ -107,6 +108,7 @@ def shares(planned, config, foreground):
     return box[0, 0] / math.prod(config.box), views[:, 0] / math.prod(region)
 
 
+@settings(max_examples=40)
 @given(seeds, positions, maps(), plan_configs(), st.floats(0, 1))
 def test_a_box_is_drawn_until_it_is_full_enough(seed, position, foreground, config, box_share):
     def box(tries):

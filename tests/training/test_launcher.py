@@ -132,7 +132,7 @@ def assert_equal_checkpoints(output: Path, other: Path) -> None:
 @pytest.mark.parametrize(
     "kills",
     [
-        (kill_inside_a_save, kill_one_rank),
+        (kill_inside_a_save,),
         pytest.param((kill_in_a_step, kill_inside_a_save, kill_one_rank), marks=pytest.mark.soak),
     ],
 )

@@ -88,6 +88,7 @@ def test_one_and_two_ranks(one_rank: Path, two_ranks: Path) -> None:
     assert_close(one_rank, two_ranks)
 
 
+@pytest.mark.soak
 @pytest.mark.ray
 def test_batches_through_ray_on_two_ranks(two_ranks: Path, config_path: Path, tmp_path: Path) -> None:
     """One cluster, started by the first rank and joined by the second, gone at the end; not one bit differs."""
@@ -97,6 +98,7 @@ def test_batches_through_ray_on_two_ranks(two_ranks: Path, config_path: Path, tm
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+@pytest.mark.soak
 def test_stage_3_from_the_first_step_to_the_pictures(one_rank: Path, config_path: Path, tmp_path: Path) -> None:
     """Parameters cut up from the start are gathered on every way through the module: training, held out, drawn."""
     output = tmp_path / "run"

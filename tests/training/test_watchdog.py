@@ -101,6 +101,7 @@ def test_a_stopped_rank(config_path: Path, tmp_path: Path, victim: int) -> None:
     assert "train_step" in stacks
 
 
+@pytest.mark.soak
 @pytest.mark.dist
 def test_a_rank_that_stands_still(config_path: Path, tmp_path: Path) -> None:
     output, hang = tmp_path / "run", tmp_path / "hang"
