@@ -96,13 +96,14 @@ def test_a_listing_is_read_a_page_at_a_time(server: S3Server, monkeypatch: pytes
 def test_faults_that_pass_are_waited_for(
     server: S3Server, tmp_path: Path, fault: Fault, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(objects, "SILENCE_S", 0.5)
+    if fault.wait_s:
+        monkeypatch.setattr(objects, "SILENCE_S", 0.5)
     storage = open_storage("s3://data/in", patience_s=20)
     server.fault = failing(2, fault)
     storage.fetch(["big.nrrd"], tmp_path)
     assert (tmp_path / "big.nrrd").read_bytes() == server.get("/data/in/big.nrrd")
-    # A busy machine may be slower than SILENCE_S on its own account, and ask once more.
-    assert len(server.requests) >= 3
+    # Only where silence is the fault does a busy machine's own slowness count as one more.
+    assert len(server.requests) == 3 or (fault.wait_s and 3 < len(server.requests) <= 5)
 
 
 @pytest.mark.parametrize(("status", "error"), [(403, StorageError), (404, LostObjectError)])
