@@ -3,6 +3,7 @@
 import argparse
 import json
 import platform
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,13 @@ def add_bench(verbs: Any) -> None:
     step.add_argument("--no-step", action="store_true", help="leave the whole step out")
     step.add_argument("--no-memory", action="store_true", help="leave peak memory out")
     step.add_argument("--ours-only", action="store_true", help="only a training step of ours, AdamW included")
+    step.add_argument(
+        "--against",
+        type=Path,
+        metavar="CONFIG",
+        help="only the step, beside the stock one of this config, by the token",
+    )
+    step.add_argument("--bf16", action="store_true", help="only the step, in bfloat16 beside float32")
     step.add_argument(
         "--default-allocator", action="store_true", help="do not keep freed memory (train.keep_freed_memory)"
     )
@@ -56,7 +64,7 @@ def _on_cpu(configs: dict[Path, Any], options: argparse.Namespace) -> int:
     from mim_scale.training.allocator import keep_freed_memory
 
     configs = {path: benchmark_config(config, options.views_at_once) for path, config in configs.items()}
-    if not options.ours_only:
+    if options.against or not options.ours_only:
         for config in configs.values():
             check_comparable(config)
     kept = not options.default_allocator and keep_freed_memory()
@@ -75,6 +83,10 @@ def _of_config(path: Path, config: Any, options: argparse.Namespace, kept: bool,
     from mim_scale.bench.step import compare, encoder_sides, peak_bytes, step_sides, training_seconds
 
     name, parts = path.stem, []
+    if options.against:
+        return _of_lighter(path, config, options, say)
+    if options.bf16:
+        return _of_precisions(name, config, options.runs, say)
     if not options.ours_only:
         for ratio in options.ratios:
             compared = compare(f"encoder, 4 views, {ratio} hidden", encoder_sides(config, ratio), options.runs)
@@ -101,6 +113,34 @@ def _of_config(path: Path, config: Any, options: argparse.Namespace, kept: bool,
         "visible_flops": needed,
         "moved_bytes": work.moved_bytes,
     }
+
+
+def _of_lighter(path: Path, config: Any, options: argparse.Namespace, say: Any) -> dict[str, Any]:
+    from mim_scale.bench.step import benchmark_config, check_comparable, in_turns, lighter_sides, told, tokens_seen
+    from mim_scale.config import PretrainConfig
+    from mim_scale.config_file import load_config
+
+    reference = benchmark_config(load_config(PretrainConfig, options.against, []), options.views_at_once)
+    check_comparable(reference)
+    seconds = in_turns(lighter_sides(config, reference), options.runs)
+    (visible, tokens), (of_visible, of_tokens) = tokens_seen(config), tokens_seen(reference)
+    ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["stock"], strict=True))
+    by_visible, by_tokens = ratio * visible / of_visible, ratio * tokens / of_tokens
+    say(
+        f"{path.stem}, ours, {told(seconds['ours'])} CPU s for {visible:,} visible of {tokens:,} tokens; "
+        f"{options.against.stem}, stock, {told(seconds['stock'])} for {of_visible:,} of {of_tokens:,}: "
+        f"{by_visible:.2f} times less a visible token, {by_tokens:.2f} a token"
+    )
+    return {"cpu_seconds": seconds, "ratio": {"a_visible_token": by_visible, "a_token": by_tokens}}
+
+
+def _of_precisions(name: str, config: Any, runs: int, say: Any) -> dict[str, Any]:
+    from mim_scale.bench.step import in_turns, precision_sides, told
+
+    seconds = in_turns(precision_sides(config), runs)
+    gain = statistics.median(a / b for a, b in zip(seconds["fp32"], seconds["bf16"], strict=True))
+    say(f"{name} step: fp32 {told(seconds['fp32'])}, bf16 {told(seconds['bf16'])} CPU s: bf16 takes 1 / {gain:.2f}")
+    return {"cpu_seconds": seconds, "ratio": gain}
 
 
 def _pass_of(config: Any) -> Any:

@@ -6,7 +6,6 @@ the same weights, masks and views; before anything is timed their outputs and gr
 
 import gc
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from mim_scale.methods.views import make_views
 from mim_scale.models.hybrid import HybridEncoder
 from mim_scale.streaming.device import TensorBatch
 from mim_scale.training.allocator import keep_freed_memory
+from mim_scale.training.memory import peak_resident_bytes
 
 AT_ONCE = 4
 """Views of an encoder's run; and views of a step whose activations are held at once, on both sides."""
@@ -161,11 +161,49 @@ def compare(part: str, sides: dict[str, tuple[nn.Module, Side]], runs: int) -> C
     gradients_apart = max(float((found - of_reference).norm() / of_reference.norm()) for found in gradients.values())
     assert apart < TOLERANCE, f"{part}: outputs differ by {apart:.1e}"
     assert gradients_apart < TOLERANCE, f"{part}: gradients differ by {gradients_apart:.1e}"
+    return Comparison(part, in_turns(sides, runs), apart, gradients_apart)
+
+
+def in_turns(sides: dict[str, tuple[nn.Module, Side]], runs: int) -> dict[str, list[float]]:
+    """CPU seconds of each side's runs."""
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(runs):
         for name, (module, run) in sides.items():
             seconds[name].append(cpu_seconds(module, run))
-    return Comparison(part, seconds, apart, gradients_apart)
+    return seconds
+
+
+def lighter_sides(config: PretrainConfig, reference: PretrainConfig) -> dict[str, tuple[nn.Module, Side]]:
+    """The step of a config, ours, and that of another one from stock layers, whose equality to ours is checked first."""
+    sides = step_sides(reference)
+    compare("step, one sample", sides, runs=0)
+    return {"ours": step_sides(config)["ours"], "stock": sides["stock"]}
+
+
+def precision_sides(config: PretrainConfig) -> dict[str, tuple[nn.Module, Side]]:
+    """The step in fp32 and with bf16 autocast, same weights; each has run once."""
+
+    def in_bf16(run: Side) -> Side:
+        def passes() -> Tensor:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                return run()
+
+        return passes
+
+    module, run = step_sides(config)["ours"]
+    sides = {"fp32": (module, run), "bf16": (module, in_bf16(run))}
+    for _, once in sides.values():
+        once()
+    return sides
+
+
+def tokens_seen(config: PretrainConfig) -> tuple[int, int]:
+    """(visible, all) tokens of one sample's views; of a drawn ratio the middle is taken."""
+    plan = config.plan
+    levels = [(plan.num_views(level), sum(plan.num_hidden(level)) // 2) for level in range(len(plan.levels))]
+    return sum(views * (plan.num_tokens - hidden) for views, hidden in levels), sum(
+        views * plan.num_tokens for views, _ in levels
+    )
 
 
 def cpu_seconds(module: nn.Module, run: Side) -> float:
@@ -214,7 +252,7 @@ def _run_alone(config: PretrainConfig, side: str, ratio: float | None, keeps: bo
     _, run = sides.pop(side)
     sides.clear()
     run()
-    sender.send(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    sender.send(peak_resident_bytes())
 
 
 def told(values: Sequence[float]) -> str:

@@ -1,7 +1,10 @@
 """How much memory a rank may use, and the checkpointing policy that fits it."""
 
 import os
+import resource
 import socket
+import sys
+from pathlib import Path
 
 import torch
 
@@ -26,3 +29,19 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident size that this process had, or had since its record was reset."""
+    if sys.platform != "linux":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not getrusage: a process that was started by vfork begins with its parent's figure there.
+    return resident_bytes("VmHWM")
+
+
+def resident_bytes(name: str = "VmRSS") -> int:
+    """A figure of /proc/self/status: what is resident now, or by "VmHWM" was at most."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) * 1024
+    raise KeyError(name)
