@@ -32,7 +32,7 @@ def add_bench(verbs: Any) -> None:
         "--against",
         type=Path,
         metavar="CONFIG",
-        help="only the step, beside the stock one of this config, by the token",
+        help="only the step, beside the stock one of this, by the token",
     )
     step.add_argument("--bf16", action="store_true", help="only the step, in bfloat16 beside float32")
     step.add_argument(
@@ -116,7 +116,7 @@ def _of_config(path: Path, config: Any, options: argparse.Namespace, kept: bool,
 
 
 def _of_lighter(path: Path, config: Any, options: argparse.Namespace, say: Any) -> dict[str, Any]:
-    from mim_scale.bench.step import benchmark_config, check_comparable, in_turns, lighter_sides, told, tokens_seen
+    from mim_scale.bench.step import benchmark_config, check_comparable, in_turns, lighter_sides, tokens_seen, told
     from mim_scale.config import PretrainConfig
     from mim_scale.config_file import load_config
 

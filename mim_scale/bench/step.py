@@ -174,7 +174,7 @@ def in_turns(sides: dict[str, tuple[nn.Module, Side]], runs: int) -> dict[str, l
 
 
 def lighter_sides(config: PretrainConfig, reference: PretrainConfig) -> dict[str, tuple[nn.Module, Side]]:
-    """The step of a config, ours, and that of another one from stock layers, whose equality to ours is checked first."""
+    """The step of a config, ours, and that of another from stock layers, whose equality to ours is checked first."""
     sides = step_sides(reference)
     compare("step, one sample", sides, runs=0)
     return {"ours": step_sides(config)["ours"], "stock": sides["stock"]}
