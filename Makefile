@@ -47,10 +47,16 @@ bad-inputs: $(READY)  ## every bad input, what must become of it and what does: 
 
 soak: $(READY)  ## the long tests that the suite leaves out, fuzzing of the readers, builds that are killed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m soak
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.simulation.simulate
 	-$(BIN)/python -m pip install --quiet --constraint constraints.txt atheris  # without it the fuzzing is blind
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.fuzz_readers --seconds 120
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.kill_builds
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.pipeline.kill_builds --executor ray
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.kill_runs
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.change_worlds
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.lost_ranks
+	$(BIN)/mim-scale example-data
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.launch.soak_run --minutes 60
 
 clean:
 	rm -rf $(VENV) runs/demo stores/demo build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

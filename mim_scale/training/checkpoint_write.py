@@ -4,6 +4,7 @@ Writers exchange nothing but files, so that each can write in a thread while the
 """
 
 import contextlib
+import errno
 import json
 import time
 from collections.abc import Callable, Iterator
@@ -71,9 +72,10 @@ def write_share(folder: CheckpointFolder, share: Share, stop: Event) -> int:
             share.sync_journal()
             folder.publish(share.step, temporary, files, share.facts)
     except OSError as error:
+        do = "make room" if error.errno in {errno.ENOSPC, errno.EDQUOT} else "mend that"
         raise CheckpointError(
             f"{folder.path}: the checkpoint of step {share.step} was not saved: {error.strerror or error}; "
-            "make room, then start the same command again"
+            f"{do}, then start the same command again"
         ) from None
     finally:
         if not share.number:

@@ -76,11 +76,10 @@ class Saver:
         if number is not None:
             facts = self._records.facts(step, updates)
             share = Share(step, self._token, number, len(self._writers), self._buffers, facts, self._records.sync)
-        save = self._under_way = _Save(step, share, self._records)
+        save = self._under_way = _Save(step, began, share, self._records)
         save.stall_s = time.perf_counter() - began
         if not self._background:
-            save.thread.join()
-            save.stall_s = time.perf_counter() - began
+            # Not by waiting for the own thread alone: it waits for the shares of others, and one of them may have failed.
             self.finish()
             self._buffers = {kind: {} for kind in KINDS}
 
@@ -103,6 +102,8 @@ class Saver:
         if not table[:, 0].all():
             return False
         self._under_way = None
+        if not self._background:
+            save.stall_s = time.perf_counter() - save.began
         self._tell(save)
         return True
 
@@ -160,8 +161,8 @@ class Saver:
 class _Save:
     """One save under way, in a thread of its own."""
 
-    def __init__(self, step: int, share: Share | None, records: Records) -> None:
-        self.step, self.stop = step, threading.Event()
+    def __init__(self, step: int, began: float, share: Share | None, records: Records) -> None:
+        self.step, self.began, self.stop = step, began, threading.Event()
         self.error: Exception | None = None
         self.stall_s, self.write_s, self.bytes = 0.0, 0.0, 0
         self._share, self._records = share, records

@@ -121,7 +121,7 @@ class FaultyDisk:
             if number == self.at:
                 return self._fail(name, act, arguments)
             if "from then on" in self.fault and 0 <= self.at < number and name in ("create", "write", "mkdir"):
-                raise _refusal("ENOSPC", arguments)
+                raise refusal("ENOSPC", arguments)
             return self._do(name, act, arguments)
 
         return call
@@ -146,10 +146,10 @@ class FaultyDisk:
                 return self._stale(name, arguments[0])
             case "done, but EIO":
                 self._do(name, act, arguments)
-                raise _refusal("EIO", arguments)
+                raise refusal("EIO", arguments)
         if self.fault == "ENOSPC from then on" and name == "write":
             act(arguments[0], arguments[1][: len(arguments[1]) // 2])
-        raise _refusal(self.fault.split()[0], arguments)
+        raise refusal(self.fault.split()[0], arguments)
 
     def _do(self, name: str, act: Callable[..., Any], arguments: Any) -> Any:
         result = act(*arguments)
@@ -160,7 +160,7 @@ class FaultyDisk:
     def _stale(self, name: str, path: Path) -> Any:
         """What a network file system may show for a while: the file as it was, or that it is not there yet."""
         if path not in self._earlier:
-            raise _refusal("ENOENT", (path,))
+            raise refusal("ENOENT", (path,))
         return self._earlier[path] if name == "read" else hashlib.sha256(self._earlier[path]).hexdigest()
 
     def _fsync(self, file: io.FileIO) -> None:
@@ -202,7 +202,8 @@ class FaultyDisk:
         }
 
 
-def _refusal(code: str, arguments: Any) -> OSError:
+def refusal(code: str, arguments: Any) -> OSError:
+    """What a system call raises."""
     number = getattr(errno, code)
     path = arguments[0] if isinstance(arguments[0], Path) else arguments[0].name
     return OSError(number, os.strerror(number), str(path))
