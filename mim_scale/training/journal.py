@@ -5,7 +5,8 @@ Rows have a `kind`:
             and, where its code lies in a git checkout, commit and is_dirty
   step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm,
             samples_per_second, data_wait (share of the time); null for what is not finite. A step that was left out has
-            `left_out`, a spike that was not has `noted`: the reason; both have `volumes`, the keys of what was seen
+            `left_out`, a spike that was not has `noted`: the reason; both have `volumes`, the keys of what was seen.
+            On several ranks slowest_rank, and slowest_times: its own work by that of the middle of the ranks
   save      a checkpoint: step, stall_s (training stood still), write_s (until it stood), bytes
   held_out  step (updates made so far) and held_out: the loss, its parts, the trivial predictor's as `trivial_1` ...
 

@@ -6,6 +6,7 @@ checkpoint, on any number of ranks, and asking the stream for the next positions
 
 import math
 import os
+import socket
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -39,6 +40,7 @@ from mim_scale.training.saving import Saver, State, find_writers, send_state
 from mim_scale.training.schedule import learning_rate
 from mim_scale.training.step import StepMetrics, train_step
 from mim_scale.training.stop import StopRequest
+from mim_scale.training.stragglers import ForwardClock, Stragglers, slowest
 from mim_scale.training.tracking_system import system_rows
 from mim_scale.training.watchdog import Watchdog, watched
 
@@ -59,6 +61,8 @@ class _Run:
     guards: Guards
     watchdog: Watchdog
     saver: Saver
+    clock: ForwardClock
+    stragglers: Stragglers
 
 
 def pretrain(config: PretrainConfig, stop: StopRequest | None = None) -> int:
@@ -145,7 +149,24 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
             resources.enter_context(system_rows(config, ranks.local_rank == 0 and ranks.rank in writers))
             saver = Saver(engine, ranks, records, progress, writers, config.checkpoint.background)
             resources.enter_context(saver)
-            run = _Run(config, ranks, dataset, rows, engine, held_out, records, progress, stop, guards, watchdog, saver)
+            clock = resources.enter_context(ForwardClock(engine.module, ranks.device))
+            stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
+            run = _Run(
+                config,
+                ranks,
+                dataset,
+                rows,
+                engine,
+                held_out,
+                records,
+                progress,
+                stop,
+                guards,
+                watchdog,
+                saver,
+                clock,
+                stragglers,
+            )
             return _train(run, start)
 
 
@@ -159,7 +180,9 @@ def _train(run: _Run, start: StartingPoint) -> int:
             began = time.perf_counter()
             rate = learning_rate(step, run.config.optimizer, train)
             count = accumulation(run.config, run.ranks)
-            metrics = train_step(run.engine, batches, count, step, rate, run.ranks, run.stop, run.guards, run.watchdog)
+            metrics = train_step(
+                run.engine, batches, count, step, rate, run.ranks, run.stop, run.guards, run.watchdog, run.clock
+            )
             _tell(run, step, rate, metrics, time.perf_counter() - began)
             run.watchdog.arm()
             run.saver.look()
@@ -205,6 +228,11 @@ def _tell(run: _Run, step: int, rate: float, metrics: StepMetrics, seconds: floa
         noteworthy = {"left_out" if metrics.is_left_out else "noted": metrics.noteworthy, "volumes": metrics.volumes}
         done = "left out" if metrics.is_left_out else "made all the same"
         run.progress.say(f"step {step + 1}: {metrics.noteworthy} on volumes {', '.join(metrics.volumes)}; {done}")
+    if run.ranks.world > 1:
+        rank, times = slowest(metrics.own_s)
+        noteworthy |= {"slowest_rank": rank, "slowest_times": times}
+    for line in run.stragglers.note(metrics.own_s):
+        run.progress.say(f"step {step + 1}: {line}")
     run.records.row(
         "step",
         step + 1,

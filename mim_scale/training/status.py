@@ -50,6 +50,10 @@ class Status:
     world: int | None
     left_out: int
     """Steps without an update."""
+    slowest_rank: int | None
+    """The rank that took longest over its own work in most of the last steps; None for a run on one rank."""
+    slowest_times: float | None
+    """How many times the middle of the ranks it took: the median of those steps."""
 
 
 def read_status(folder: Path) -> Status:
@@ -90,6 +94,7 @@ def read_status(folder: Path) -> Status:
         starts=len(starts),
         world=starts[-1]["world"] if starts else None,
         left_out=sum("left_out" in row for row in steps),
+        **_slowest(recent),
     )
 
 
@@ -106,6 +111,8 @@ def told(folder: Path, status: Status) -> str:
     if status.step_age_s is not None:
         line += f"; last step {duration(status.step_age_s)} ago"
     lines.append(line)
+    if status.slowest_rank is not None and status.slowest_times is not None:
+        lines.append(f"slowest: rank {status.slowest_rank}, {status.slowest_times:.2f} times the middle of the ranks")
     if status.loss is not None:
         line = f"loss {status.loss:.4f}"
         if "loss" in status.held_out:
@@ -116,6 +123,14 @@ def told(folder: Path, status: Status) -> str:
     else:
         lines.append(f"last checkpoint: step {status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago")
     return "\n".join(lines)
+
+
+def _slowest(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    lags = [(row["slowest_rank"], row["slowest_times"]) for row in rows if "slowest_rank" in row]
+    if not lags:
+        return {"slowest_rank": None, "slowest_times": None}
+    rank = statistics.mode(rank for rank, _ in lags)
+    return {"slowest_rank": rank, "slowest_times": statistics.median(times for who, times in lags if who == rank)}
 
 
 def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:

@@ -15,6 +15,7 @@ from mim_scale.training.engine import Engine
 from mim_scale.training.guards import NOT_FINITE, NOT_FINITE_GRADIENT, Guards
 from mim_scale.training.ranks import Ranks
 from mim_scale.training.stop import StopRequest
+from mim_scale.training.stragglers import ForwardClock
 from mim_scale.training.watchdog import EXCHANGE, Watchdog
 
 
@@ -28,6 +29,8 @@ class StepMetrics:
     """Before clipping."""
     wait_s: float
     """The longest time that a rank waited for data."""
+    own_s: tuple[float, ...]
+    """Each rank's own work: data and forward passes."""
     noteworthy: str
     """Why the step was left out or is a spike; empty for most."""
     is_left_out: bool
@@ -48,6 +51,7 @@ def train_step(
     stop: StopRequest,
     guards: Guards,
     watchdog: Watchdog,
+    clock: ForwardClock,
 ) -> StepMetrics:
     """Make one optimizer update from the next `count` micro-batches of every rank, or leave it out on all of them.
 
@@ -59,6 +63,7 @@ def train_step(
         DivergedError: more steps in a row than `guards` allows had a loss or gradient that is not finite.
     """
     engine.set_rates(learning_rate)
+    clock.take()  # what was measured on held-out samples
     wait_s, sums = 0.0, torch.zeros(0)
     keys: list[str] = []
     names: list[str] = []
@@ -73,7 +78,8 @@ def train_step(
         sums = values if index == 0 else sums + values
         keys += batch.keys
     watchdog.beat(EXCHANGE)
-    table = ranks.gather([*(sums.cpu() / count).tolist(), wait_s, float(stop.is_set)])
+    own = (sums.cpu() / count).tolist()
+    table = ranks.gather([*own, wait_s + clock.take(), wait_s, float(stop.is_set)])
     means = [math.fsum(column) / ranks.world for column in table.T]
     told = dict(zip(names, means, strict=False))
     # Parts too: one that is not finite is a weight away from the loss.
@@ -92,6 +98,7 @@ def train_step(
         losses=told,
         grad_norm=grad_norm,
         wait_s=float(table[:, -2].max()),
+        own_s=tuple(table[:, -3].tolist()),
         noteworthy=reason,
         is_left_out=is_left_out,
         volumes=volumes,

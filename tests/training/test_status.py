@@ -30,6 +30,8 @@ def folder(tmp_path: Path) -> Path:
             out: dict[str, Any] = {"left_out": "the loss is not finite", "volumes": ["a"]} if step == 7 else {}
             loss = None if step == 7 else 10.0 / step
             facts = {"epoch": step / 10, "samples_per_second": 2.0, "data_wait": 0.25, "time": now - 30}
+            if step > 20:
+                facts |= {"slowest_rank": step % 3 > 0, "slowest_times": 1.0 + (step % 3 > 0)}
             journal.write("step", step, loss=loss, **facts, **out)
     journal.write("held_out", 40, held_out={"loss": 0.5})
     journal.close()
@@ -55,6 +57,7 @@ def test_numbers(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert found["left_s"] == pytest.approx(60 * batch / 2.0)
     assert found["step_age_s"] == pytest.approx(30, abs=10)
     assert (found["loss"], found["held_out"], found["left_out"]) == (0.25, {"loss": 0.5}, 1)
+    assert (found["slowest_rank"], found["slowest_times"]) == (1, 2.0)
     assert found["checkpoint_step"] == 36
     assert found["checkpoint_age_s"] < 60
     assert run(["status", str(folder)]) == 0
