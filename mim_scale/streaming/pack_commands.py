@@ -2,6 +2,7 @@
 
 import argparse
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def _pack(options: argparse.Namespace) -> int:
         f"held-out samples, {sum(shard['bytes'] for shard in shards) / 1e6:.1f} MB in {len(shards)} shards, "
         f"{outcome.num_written} of them written now"
     )
-    print(f"next: launch/pretrain.py --config {' '.join(options.config)} data.pack={options.folder}")
+    print(f"next: launch/pretrain.py --config {shlex.join([*options.config, f'data.pack={options.folder}'])}")
     return 0
 
 
