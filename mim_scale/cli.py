@@ -14,6 +14,7 @@ from mim_scale.errors import ConfigError, exit_with
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
 from mim_scale.streaming.peek_commands import add_peek
 from mim_scale.training.checkpoint_commands import add_checkpoint
+from mim_scale.training.doctor_commands import add_doctor
 from mim_scale.training.estimate_commands import add_estimate
 from mim_scale.training.status_commands import add_status
 
@@ -57,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_data_verbs(data)
 
+    add_doctor(verbs)
     add_estimate(verbs)
     add_status(verbs)
     add_checkpoint(verbs)

@@ -144,15 +144,19 @@ class Ranks:
 
 
 @contextlib.contextmanager
-def joined(placement: Placement) -> Iterator[Ranks]:
+def joined(placement: Placement, timeout: timedelta = TIMEOUT) -> Iterator[Ranks]:
     """Meet the other ranks, choose the device, and part from them at the end.
+
+    Args:
+        placement: Of this rank.
+        timeout: How long it waits for the others, at the start and in every exchange.
 
     Raises:
         LostRankError: the others did not come, or went away during the work.
     """
     device = _device(placement)
     with exported(placement), _deterministic(device):
-        _meet(placement, device)
+        _meet(placement, device, timeout)
         try:
             yield Ranks(placement.rank, placement.world, placement.local_rank, device)
         except RuntimeError as error:
@@ -164,18 +168,18 @@ def joined(placement: Placement) -> Iterator[Ranks]:
                 dist.destroy_process_group()
 
 
-def _meet(placement: Placement, device: torch.device) -> None:
+def _meet(placement: Placement, device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if placement.world == 1:
-        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=TIMEOUT)
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=timeout)
         return
-    patience = threading.Timer(PATIENCE_S, _say_waiting, [placement])
+    patience = threading.Timer(PATIENCE_S, _say_waiting, [placement, timeout])
     patience.daemon = True
     patience.start()
     try:
         # The wait is not Python's: a signal that is only remembered would not be heard until the others came.
         with signals_end_the_process():
-            dist.init_process_group(backend, init_method="env://", timeout=TIMEOUT)
+            dist.init_process_group(backend, init_method="env://", timeout=timeout)
     except (RuntimeError, ValueError) as error:
         # A machine that is being replaced is away for a while: whoever starts this again may meet it.
         raise LostRankError(
@@ -187,10 +191,10 @@ def _meet(placement: Placement, device: torch.device) -> None:
         patience.cancel()
 
 
-def _say_waiting(placement: Placement) -> None:
+def _say_waiting(placement: Placement, timeout: timedelta) -> None:
     print(
         f"rank {placement.rank} of {placement.world} on {socket.gethostname()} waits for the others at "
-        f"{placement.address}:{placement.port} (up to {TIMEOUT.seconds // 60} min)",
+        f"{placement.address}:{placement.port} (up to {timeout.total_seconds() / 60:g} min)",
         file=sys.stderr,
         flush=True,
     )

@@ -1,0 +1,179 @@
+"""What `mim-scale doctor` looks at in a config: its store, its run folder, and whether it fits ranks and machine."""
+
+import fcntl
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from mim_scale.config import PretrainConfig
+from mim_scale.errors import StoreError
+from mim_scale.training import doctor_disk
+from mim_scale.training.doctor_finding import Finding, gib
+from mim_scale.training.doctor_machine import free_memory, usable_cores
+
+MANY_THREADS = 4
+"""Readers and ranks for each core above which they hinder each other."""
+
+
+@dataclass
+class Facts:
+    """What checks learn on one machine, for those after them and for comparison with other machines."""
+
+    versions: dict[str, str | None] = field(default_factory=dict)
+    fingerprint: str | None = None
+    parameters: int | None = None
+
+    @property
+    def save_bytes(self) -> int:
+        """Of a checkpoint; 0 where the model is not known."""
+        if self.parameters is None:
+            return 0
+        from mim_scale.training.rank_memory import checkpoint_bytes
+
+        return checkpoint_bytes(self.parameters)
+
+
+def model(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
+    """How many parameters are trained; nothing is computed, and no memory taken."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    from mim_scale.methods.build import build_method
+    from mim_scale.training.engine import trained_parameters
+
+    with FakeTensorMode():
+        module = build_method(config, "none")
+    facts.parameters = sum(parameter.numel() for parameter in trained_parameters(module).values())
+    told = f"{config.method.name} on {config.model.backbone}, {facts.parameters:,} parameters"
+    yield Finding("ok", "model", told)
+
+
+def batch(config: PretrainConfig, world: int) -> Iterator[Finding]:
+    """Whether the batch divides among the ranks, and the DeepSpeed settings go with it."""
+    import torch
+
+    from mim_scale.sampling.order import micro_batches
+    from mim_scale.training.deepspeed_settings import deepspeed_config
+    from mim_scale.training.ranks import Ranks
+
+    train = config.train
+    each = len(micro_batches(0, train.batch, train.micro_batch, 0, world))
+    if train.engine == "deepspeed":
+        deepspeed_config(config, Ranks(0, world, 0, torch.device("cpu")))
+    many = f"{world} rank{'s' * (world > 1)}"
+    yield Finding("ok", "batch", f"{train.batch} samples: {many} x {each} micro-batches of {train.micro_batch}")
+
+
+def threads(config: PretrainConfig, ranks_here: int) -> Iterator[Finding]:
+    """Readers and ranks of this machine against its cores."""
+    cores = usable_cores()
+    wanted = ranks_here * (config.data.workers + 1)
+    told = f"{ranks_here} rank(s) here, each with {config.data.workers} workers, on {cores} cores"
+    if wanted > MANY_THREADS * cores:
+        yield Finding("warning", "workers", told, "lower data.workers, or start fewer ranks on this machine")
+    elif wanted > cores:
+        yield Finding("note", "workers", told, "lower data.workers where `mim-scale status` shows no wait for data")
+    else:
+        yield Finding("ok", "workers", told)
+
+
+def memory(config: PretrainConfig, facts: Facts, world: int, ranks_here: int) -> Iterator[Finding]:
+    """What ranks hold besides activations, and the copy that background saves write from, against what is free."""
+    import torch
+
+    from mim_scale.methods.cost import Cost
+    from mim_scale.training.rank_memory import WORD, rank_memory
+
+    if facts.parameters is None:
+        return
+    on_gpu = torch.cuda.is_available()
+    words = facts.parameters * WORD
+    # Activations take a trace of seconds: `mim-scale estimate` has them.
+    cost = Cost(facts.parameters, 0, 0, 0, gradient_bytes=words, state_bytes=3 * words, batch_bytes=0, tensors=0)
+    held = rank_memory(cost, config, world, world, is_on_host=not on_gpu)
+    remedy = "raise train.zero_stage, start fewer ranks here, or take a smaller model; see `mim-scale estimate`"
+    if on_gpu:
+        free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
+        told = f"a rank holds {gib(held.device)} besides activations, a GPU has {gib(free)} free"
+        yield Finding(
+            "error" if held.device > free else "ok", "room on GPU", told, remedy if held.device > free else ""
+        )
+    needed, free = ranks_here * (held.host if on_gpu else held.needed(True)), free_memory()
+    copies = ranks_here * held.host_copy
+    told = (
+        f"{ranks_here} rank(s) hold {gib(needed)} besides activations, {gib(free)} are free; {gib(copies)} is for saves"
+    )
+    if needed > free:
+        saves = "set checkpoint.background=false" if needed - copies <= free else remedy
+        yield Finding("error", "room in memory", told, saves)
+    else:
+        yield Finding("ok", "room in memory", told)
+
+
+def store(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
+    """Whether the store, or the pack, opens, and leaves something to train on."""
+    from mim_scale.store.manifest import split_subjects
+    from mim_scale.streaming.stream import open_dataset, refuse_short_pack
+
+    dataset = open_dataset(config.data)
+    facts.fingerprint = dataset.fingerprint
+    rows, held = split_subjects(dataset.rows, config.seed, config.data.held_out_subjects)
+    told = f"{dataset.path}: {len(rows)} volumes to train on, {len(held)} held out, dataset {dataset.fingerprint[:16]}"
+    needed = range(config.train.steps * config.train.batch)
+    refuse_short_pack(config, dataset, needed, config.held_out.samples if held else 0)
+    yield Finding("ok", "store", told)
+
+
+def run_folder(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
+    """Whether what lies in the run folder can go on with this config and this store, and whether it is free."""
+    from mim_scale.config_file import load_config
+    from mim_scale.training.checkpoint import CheckpointFolder, read_record
+    from mim_scale.training.run_folder import CHECKPOINTS, CONFIG, LOCK, refuse_other_run
+
+    output = Path(config.output)
+    if not output.is_dir():
+        yield Finding("ok", "run folder", f"{output} will be made")
+        return
+    if _is_locked(output / LOCK):
+        yield Finding("note", "run folder", f"{output}: a run is alive in it", "a second one will be refused")
+    if (output / CONFIG).is_file():
+        refuse_other_run(load_config(PretrainConfig, output / CONFIG), config, str(output / CONFIG))
+    folders = CheckpointFolder(output / CHECKPOINTS, config.checkpoint.keep).folders()
+    if not folders:
+        yield Finding("ok", "run folder", f"{output}: no checkpoint yet")
+        return
+    newest = read_record(folders[0])
+    saved = str(newest.record.get("fingerprint"))
+    if facts.fingerprint is not None and saved != facts.fingerprint:
+        raise StoreError(
+            f"{output}: was trained on the dataset {saved[:16]}, but data.store {config.data.store} holds "
+            f"{facts.fingerprint[:16]}; give the store of that run, or choose another output"
+        )
+    yield Finding("ok", "run folder", f"{output}: goes on from step {newest.step} of {config.train.steps}")
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether another process holds a lock, which is not touched."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def disks(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
+    """Room for checkpoints where the run folder lies, and the disk of the store."""
+    from mim_scale.training.run_folder import CHECKPOINTS
+
+    output, keep = Path(config.output), config.checkpoint.keep
+    one = facts.save_bytes
+    there = sum(file.stat().st_size for file in (output / CHECKPOINTS).glob("step_*/*") if file.is_file())
+    # One more than are kept: the newest stands before the oldest goes.
+    needed = max((keep + 1) * one - there, one)
+    yield from doctor_disk.room("disk of output", output, needed, one, f"{keep} checkpoints and the one being written")
+    where = Path(config.data.pack or config.data.store)
+    if where.is_dir():
+        kind = doctor_disk.kind_of(where)
+        yield Finding("ok", "disk of store", f"{where} lies on {kind}")

@@ -1,0 +1,144 @@
+"""`mim-scale doctor` with company: what lies between ranks, measured for real."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mim_scale.cli import run as run_verb
+from mim_scale.errors import ConfigError
+from mim_scale.training import doctor_ranks
+from mim_scale.training.doctor import Report, ranks_here
+from mim_scale.training.doctor_commands import told
+from mim_scale.training.doctor_finding import Finding
+from mim_scale.training.doctor_ranks import Exchange, alike, skew
+from mim_scale.training.doctor_run import Facts
+from mim_scale.training.ranks import Ranks
+from tests.synthetic import make_dataset
+from tests.training.jobs import deepspeed, environment, free_port, run, torchrun, write_config
+from tests.training.standin import small_config
+
+DOCTOR = ["-m", "mim_scale.cli", "doctor"]
+
+
+def values_of(job: subprocess.CompletedProcess[str]) -> dict[str, Any]:
+    lines = [line for line in job.stdout.splitlines() if line.startswith("{")]
+    assert len(lines) == 1, f"exit {job.returncode}\n{job.stdout[-3000:]}\n{job.stderr[-3000:]}"
+    found: dict[str, Any] = json.loads(lines[0])
+    return found
+
+
+def assert_measured(values: dict[str, Any]) -> None:
+    levels = {entry["check"]: entry["level"] for entry in values["findings"]}
+    together = ("all-reduce", "clocks", "same everywhere", "shared output", "network")
+    assert {name: levels[name] for name in together} == dict.fromkeys(together, "ok")
+    assert values["ranks"] == 2
+    sizes = [(one["bytes"], one["is_right"]) for one in values["all_reduce"] if one["device"] == "cpu"]
+    assert sizes[:2] == [(4, True), (65536, True)]
+    assert all(one["is_right"] and one["seconds"] > 0 for one in values["all_reduce"])
+
+
+@pytest.mark.dist
+def test_two_ranks_on_this_machine(tmp_path: Path) -> None:
+    """Without a config: what lies between the ranks."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    command = [sys.executable, *DOCTOR, "--ranks", "2", "--json"]
+    job = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, check=False)
+    values = values_of(job)
+    assert job.returncode == values["exit"]
+    assert_measured(values)
+    assert list(folder.iterdir()) == []
+
+
+@pytest.mark.dist
+@pytest.mark.soak
+@pytest.mark.launcher
+def test_two_ranks_under_launchers(tmp_path: Path) -> None:
+    """As the guide has them: with a config, and with one whose batch two ranks do not divide."""
+    make_dataset(tmp_path / "store")
+    config = write_config(small_config(str(tmp_path / "store"), str(tmp_path / "run")), tmp_path)
+    for launcher in (torchrun(2), [*deepspeed(2), "--no_local_rank", "--module"]):
+        started = [*launcher, *(DOCTOR if "torch" in " ".join(launcher) else DOCTOR[1:])]
+        job = run([*started, "--config", str(config), "--json"])
+        values = values_of(job)
+        assert_measured(values)
+        assert (job.returncode, values["exit"]) in {(0, 0), (1, 1)}
+    assert not (tmp_path / "run").exists()
+    odd = run([*torchrun(2), *DOCTOR, "--config", str(config), "train.batch=3", "train.micro_batch=1", "--json"])
+    found = {entry["check"]: entry for entry in values_of(odd)["findings"]}
+    assert found["batch"]["level"] == "error"
+    assert odd.returncode != 0
+
+
+@pytest.mark.dist
+@pytest.mark.soak
+def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
+    """The others say so, after what they found by themselves."""
+    placed = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    job = run([sys.executable, *DOCTOR, "--wait", "3", "--json"], MASTER_PORT=str(free_port()), **placed)
+    values = values_of(job)
+    last = values["findings"][-1]
+    assert (job.returncode, last["check"], last["level"]) == (2, "ranks", "error")
+    assert "did not meet the others" in last["found"]
+    assert "Traceback" not in job.stderr
+    assert {"versions", "disk speed"} <= {entry["check"] for entry in values["findings"]}
+
+
+def test_ranks_inside_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="leave it out under a launcher"):
+        run_verb(["doctor", "--ranks", "2"])
+    monkeypatch.delenv("RANK")
+    with pytest.raises(ConfigError, match="expected 1 or more"):
+        run_verb(["doctor", "--ranks", "0"])
+
+
+def test_ranks_of_a_machine() -> None:
+    assert ranks_here({"LOCAL_WORLD_SIZE": "4"}, 8) == 4
+    assert ranks_here({"LOCAL_SIZE": "2"}, 8) == 2
+    assert ranks_here({"SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, 32) == 8
+    assert ranks_here({"SLURM_NTASKS_PER_NODE": "8"}, 1) == 1
+    assert ranks_here({}, 3) == 3
+
+
+def test_a_wrong_sum_and_a_slow_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A card that adds wrongly cannot be had here: what its table would say is judged."""
+    ranks = Ranks(0, 1, 0, torch.device("cpu"))
+    monkeypatch.setattr(doctor_ranks, "measure", lambda *_: [Exchange("cpu", 4, 0.1, 0.01, True)])
+    assert [one.level for one in doctor_ranks.exchanges(ranks, 1000)[1]] == ["ok"]
+    monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value, "another"])
+    assert [one.level for one in doctor_ranks.exchanges(ranks, 1000)[1]] == ["warning"]
+    monkeypatch.setattr(doctor_ranks, "measure", lambda *_: [Exchange("cpu", 4, 0.1, 1.0, False)])
+    (found,) = doctor_ranks.exchanges(ranks, 1000)[1]
+    assert (found.level, found.found) == ("error", "wrong sums: 4 bytes on cpu")
+
+
+def test_clocks_and_machines_that_differ() -> None:
+    assert skew(0.3, 0.01).level == "ok"
+    assert skew(5.0, 4.5).level == "ok"  # so far apart only as the reading took
+    assert (skew(5.0, 0.1).level, skew(5.0, 0.1).found) == ("warning", "5.0 s apart")
+    one = Facts({"torch": "2.11.0", "numpy": "2.4"}, "a" * 64)
+    other = Facts({"torch": "2.9.0", "numpy": "2.4"}, "b" * 64)
+    assert [finding.level for finding in alike([("n1", one), ("n2", one)])] == ["ok"]
+    found = alike([("n1", one), ("n2", other)])
+    assert [finding.level for finding in found] == ["error", "error"]
+    assert found[0].found == "torch: 2.11.0 on n1; 2.9.0 on n2"
+    assert found[1].found == f"other datasets: {'a' * 16} on n1, {'b' * 16} on n2"
+
+
+def test_findings_of_several_machines_are_told_once() -> None:
+    same, own = Finding("ok", "versions", "all"), Finding("warning", "open files", "64", "ulimit -n 65536")
+    findings = [("n1", same), ("n2", same), ("n2", own), ("all ranks", Finding("ok", "clocks", "fine"))]
+    lines = told(Report(2, findings, [Exchange("cpu", 4, 0.001, 0.0, True)])).splitlines()
+    assert lines[:4] == [
+        "ok      versions    all",
+        "warning open files  64 [n2]",
+        "                    -> ulimit -n 65536",
+        "ok      clocks      fine",
+    ]
+    assert lines[-1] == "1 warning: a run can start, but will suffer"
