@@ -4,6 +4,7 @@ So it holds for every method, backbone and checkpointing policy, and follows the
 """
 
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,8 +23,8 @@ from mim_scale.streaming.device import TensorBatch
 
 FEWEST_FIRST: tuple[Checkpointing, ...] = ("none", "second", "stem", "all")
 """Policies by how much they compute again, least first."""
-_STATE_BYTES = 12
-"""A trained parameter's weight and two moments, float32."""
+_WORD = 4
+"""Weights, gradients and both moments are float32."""
 
 
 @dataclass(frozen=True)
@@ -36,16 +37,20 @@ class Cost:
     flops: int
     """Forward and backward, recomputation included."""
     activation_bytes: int
-    """Most that is held at once besides weights and moments: for the backward pass, gradients, what is at work."""
+    """Most that is held at once besides weights, moments and gradients: for the backward pass, and what is at work."""
+    gradient_bytes: int
+    """Of all parameters: held from a step's first micro-batch on."""
     state_bytes: int
     """Weights and moments."""
     batch_bytes: int
     """Blocks of voxels."""
+    tensors: int
+    """Trained tensors."""
 
     @property
     def bytes(self) -> int:
         """All that is held at once, without what a library keeps for itself."""
-        return self.activation_bytes + self.state_bytes + self.batch_bytes
+        return self.activation_bytes + self.gradient_bytes + self.state_bytes + self.batch_bytes
 
 
 def cost_of(config: PretrainConfig, policy: Checkpointing) -> Cost:
@@ -67,17 +72,20 @@ def cost_of(config: PretrainConfig, policy: Checkpointing) -> Cost:
             method(batch)
         with FlopCounterMode(display=False) as both:
             method(batch).total.backward()
-        # In a pass of its own: the counter keeps what it has seen from being freed.
+        # In a pass of its own: the counter keeps what it has seen from being freed. Gradients are there already.
         with live:
             method(batch).total.backward()
-    parameters = sum(parameter.numel() for parameter in method.parameters() if parameter.requires_grad)
+    trained = [parameter.numel() for parameter in method.parameters() if parameter.requires_grad]
+    parameters = sum(trained)
     return Cost(
         parameters=parameters,
         flops_forward=forward.get_total_flops(),
         flops=both.get_total_flops(),
         activation_bytes=live.most,
-        state_bytes=parameters * _STATE_BYTES,
+        gradient_bytes=parameters * _WORD,
+        state_bytes=parameters * 3 * _WORD,
         batch_bytes=batch.blocks.numel() * 2,
+        tensors=len(trained),
     )
 
 
@@ -86,26 +94,29 @@ def _most_visible(config: PretrainConfig) -> PretrainConfig:
     return config.model_copy(update={"plan": config.plan.model_copy(update={"levels": levels})})
 
 
-def choose_policy(config: PretrainConfig, room_bytes: int) -> tuple[Checkpointing, str]:
+def choose_policy(
+    config: PretrainConfig, room_bytes: int, needed_bytes: Callable[[Cost], float] = lambda cost: cost.bytes
+) -> tuple[Checkpointing, str]:
     """The policy that computes least again and fits the memory, and why: what `auto` means.
 
     Args:
         room_bytes: What the device has for this rank.
+        needed_bytes: What a rank holds of it, given a micro-batch's cost; left out: a rank that holds the whole model.
     """
     told = []
     for policy in FEWEST_FIRST:
-        needed = cost_of(config, policy).bytes
+        needed = needed_bytes(cost_of(config, policy))
         told.append(f"{policy} {needed / 2**30:.1f}")
-        if needed <= _USABLE * room_bytes:
+        if needed <= USABLE * room_bytes:
             break
-    verdict = "fits" if needed <= _USABLE * room_bytes else "is the least there is: lower train.views_at_once"
+    verdict = "fits" if needed <= USABLE * room_bytes else "is the least there is: lower train.views_at_once"
     return (
         policy,
         f"activation checkpointing auto: {policy} {verdict} (GiB: {', '.join(told)} of {room_bytes / 2**30:.1f})",
     )
 
 
-_USABLE = 0.8
+USABLE = 0.8
 """Of the memory: libraries, fragments and the rest of the process take their part."""
 
 

@@ -1,6 +1,6 @@
 """What a micro-batch of a run takes, predicted without computing it, and measured where that is asked for.
 
-Shown for each checkpointing policy: parameters, arithmetic, memory. How long a run takes is not said here.
+For each checkpointing policy: parameters, arithmetic, memory. How long a run takes is said by `estimate_run`.
 """
 
 import ctypes
@@ -18,11 +18,12 @@ from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.methods.build import build_method
 from mim_scale.methods.cost import FEWEST_FIRST, Cost, cost_of
 from mim_scale.methods.noise import noise_batch
+from mim_scale.training.memory import peak_resident_bytes, resident_bytes
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one forward and backward pass."""
+    """Of one forward and backward pass, after another one, so that gradients are there as in most of a run."""
 
     flops: int
     peak_bytes: int
@@ -42,6 +43,9 @@ def measure(config: PretrainConfig, policy: Checkpointing) -> Measured:
     before = _reset_peak(device)
     method = build_method(config, policy).to(device)
     precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
+    with precision:
+        method(batch).total.backward()
+    _reset_peak(device)
     start = time.perf_counter()
     with precision:
         method(batch).total.backward()
@@ -75,15 +79,8 @@ def _reset_peak(device: torch.device) -> int:
         if trim is not None:
             trim(0)
         Path("/proc/self/clear_refs").write_text("5")
-    return _status("VmRSS")
+    return resident_bytes()
 
 
 def _peak(device: torch.device) -> int:
-    return torch.cuda.max_memory_allocated() if device.type == "cuda" else _status("VmHWM")
-
-
-def _status(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(f"{name}:"):
-            return int(line.split()[1]) * 1024
-    raise KeyError(name)
+    return torch.cuda.max_memory_allocated() if device.type == "cuda" else peak_resident_bytes()

@@ -2,22 +2,75 @@
 
 import argparse
 import json
+import math
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 GIB = 2**30
+MTBF_H = 6000.0
+RESTART_S = 300.0
+LATENCY_US = 20.0
 
 
 def add_estimate(verbs: Any) -> None:
     """Add the verb."""
     verb = verbs.add_parser(
         "estimate",
-        help="parameters, arithmetic and memory of a run's step, before it is run",
-        description="Predicted for every checkpointing policy, for one micro-batch on one rank; nothing is computed.",
+        help="what a run takes, before it is run: arithmetic, memory, hours, disk",
+        description="By itself: arithmetic and memory of a micro-batch under every checkpointing policy; nothing is "
+        "computed. With a cluster or a corpus: steps, disk and memory of the run; with the pace of one rank and a "
+        "link: hours, and weak scaling. With --fit: settings that fit a memory.",
     )
     verb.add_argument("--config", type=Path, required=True)
     verb.add_argument("overrides", nargs="*", metavar="key=value")
-    verb.add_argument("--measure", action="store_true", help="also run a step of each policy, and say how far off")
+    verb.add_argument(
+        "--measure", action="store_true", help="also run a micro-batch of each policy, and say how far off"
+    )
+    pace = verb.add_argument_group("the pace of one rank").add_mutually_exclusive_group()
+    pace.add_argument(
+        "--run-steps",
+        type=int,
+        metavar="N",
+        help="make so many training steps here, 20 say: of the config's store, or of noise where there is none",
+    )
+    pace.add_argument(
+        "--from", dest="source", type=Path, metavar="PATH", help="a run's folder, or what --run-steps --json printed"
+    )
+    cluster = verb.add_argument_group("the cluster")
+    cluster.add_argument("--nodes", type=int, metavar="N", help="(default: 1)")
+    cluster.add_argument("--ranks-per-node", type=int, metavar="N", help="(default: those of --link, else 1)")
+    cluster.add_argument("--world", type=int, metavar="N", help="ranks in all, in place of --nodes")
+    cluster.add_argument("--cores", type=int, metavar="N", help="of a node (default: those of the machine measured on)")
+    cluster.add_argument("--link", type=Path, metavar="JSON", help="what launch/measure_link.py --out wrote")
+    cluster.add_argument(
+        "--network",
+        metavar="GBIT[,US]",
+        help=f"between nodes, where --link has not measured it: Gbit/s of a node, us of a message ({LATENCY_US:g})",
+    )
+    cluster.add_argument(
+        "--mtbf",
+        type=float,
+        default=MTBF_H,
+        metavar="H",
+        help="hours between failures of one node (default: %(default)g)",
+    )
+    cluster.add_argument(
+        "--restart",
+        type=float,
+        default=RESTART_S,
+        metavar="S",
+        help="seconds to go on after one (default: %(default)g)",
+    )
+    corpus = verb.add_argument_group("the corpus")
+    corpus.add_argument("--volumes", type=int, metavar="N", help="(default: those of the store, where there is one)")
+    corpus.add_argument("--plan", type=Path, metavar="JSON", help="what `mim-scale data plan --json` printed")
+    corpus.add_argument("--epochs", type=float, metavar="N", help="in place of train.steps")
+    verb.add_argument(
+        "--beside", type=Path, action="append", default=[], metavar="RUN", help="a run to compare with; repeatable"
+    )
+    verb.add_argument("--fit", action="store_true", help="propose micro-batch, policy and ZeRO stage for a memory")
+    verb.add_argument("--memory", type=float, metavar="GIB", help="of a rank's device (default: what is free here)")
     verb.add_argument("--json", action="store_true", help="for scripts")
     verb.set_defaults(verb=_estimate)
 
@@ -25,14 +78,53 @@ def add_estimate(verbs: Any) -> None:
 def _estimate(options: argparse.Namespace) -> int:
     from mim_scale.config import PretrainConfig
     from mim_scale.config_file import load_config
+
+    _refuse_odd(options)
+    config = load_config(PretrainConfig, options.config, options.overrides)
+    asked = ("run_steps", "source", "nodes", "ranks_per_node", "world", "volumes", "plan", "epochs", "link")
+    is_of_run = any(getattr(options, name) is not None for name in asked) or bool(options.beside)
+    values: dict[str, Any] = {}
+    if options.fit:
+        config = _fit(config, options, values)
+    if is_of_run:
+        from mim_scale.training.estimate_run import estimate_run
+
+        estimate_run(config, options, values)
+    elif not options.fit or options.measure:
+        _policies(config, options, values)
+    if options.json:
+        print(json.dumps(values))
+    return 0
+
+
+def _refuse_odd(options: argparse.Namespace) -> None:
+    from mim_scale.errors import ConfigError
+
+    for name in ("run_steps", "nodes", "ranks_per_node", "world", "cores", "volumes"):
+        value = getattr(options, name)
+        least = 5 if name == "run_steps" else 1
+        if value is not None and value < least:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+    for name in ("mtbf", "restart", "epochs", "memory"):
+        value = getattr(options, name)
+        if value is not None and not (value > 0 and math.isfinite(value)):
+            raise ConfigError(f"--{name} is {value:g}, expected more than 0")
+    if options.world is not None and options.nodes is not None:
+        raise ConfigError("--world and --nodes say the same twice: give one, with --ranks-per-node")
+    if options.beside and options.run_steps is None and options.source is None:
+        raise ConfigError("--beside compares runs with a prediction, which needs a pace: give --run-steps or --from")
+    if options.memory is not None and not options.fit:
+        raise ConfigError("--memory is what --fit fits to: give both")
+
+
+def _policies(config: Any, options: argparse.Namespace, values: dict[str, Any]) -> None:
     from mim_scale.training.estimate import as_values, estimate, measure
 
-    config = load_config(PretrainConfig, options.config, options.overrides)
     costs = estimate(config)
     measured = {policy: measure(config, policy) for policy in costs} if options.measure else {}
+    values["policies"] = as_values(costs, measured)
     if options.json:
-        print(json.dumps(as_values(costs, measured)))
-        return 0
+        return
     first = next(iter(costs.values()))
     train = config.train
     at_once = f", {train.views_at_once} views at once" if train.views_at_once else ""
@@ -40,7 +132,8 @@ def _estimate(options: argparse.Namespace) -> int:
         f"{options.config}: {first.parameters:,} parameters; one micro-batch of {train.micro_batch} in "
         f"{train.precision}{at_once}, on one rank that holds the whole model"
     )
-    print(f"forward {first.flops_forward / 1e9:,.1f} GFLOP; weights and moments {first.state_bytes / GIB:.2f} GiB")
+    held = (first.state_bytes + first.gradient_bytes) / GIB
+    print(f"forward {first.flops_forward / 1e9:,.1f} GFLOP; weights, moments and gradients {held:.2f} GiB")
     print(f"{'checkpointing':<14}{'GFLOP':>10}{'activations':>14}{'in all':>10}" + ("   measured" if measured else ""))
     for policy, cost in costs.items():
         held, in_all = cost.activation_bytes / GIB, cost.bytes / GIB
@@ -53,4 +146,31 @@ def _estimate(options: argparse.Namespace) -> int:
                 f"{one.seconds:.1f} s"
             )
         print(line)
-    return 0
+    if config.checkpoint.background:
+        copy = first.state_bytes / GIB
+        print(f"besides, in host memory, for saves in the background: {copy:.2f} GiB, shared by the ranks that write")
+
+
+def _fit(config: Any, options: argparse.Namespace, values: dict[str, Any]) -> Any:
+    """The config with what is proposed."""
+    import torch
+
+    from mim_scale.training.fit import propose
+    from mim_scale.training.memory import free_bytes
+
+    is_on_host = not torch.cuda.is_available()
+    world = options.world or (options.nodes or 1) * (options.ranks_per_node or 1)
+    beside = min(world, options.ranks_per_node or world) if is_on_host else 1
+    device = torch.device("cpu" if is_on_host else "cuda")
+    room = options.memory * GIB if options.memory is not None else free_bytes(device) / beside
+    found = propose(config, world, room, is_on_host)
+    values["fit"] = {
+        "overrides": found.overrides,
+        "reason": found.reason,
+        "memory": asdict(found.memory) | {"device": found.memory.device, "host": found.memory.host},
+    }
+    if not options.json:
+        what = " ".join(found.overrides) or "the config's own settings"
+        print(f"fits {world} rank{'s' * (world > 1)}: {what}")
+        print(f"because: {found.reason}")
+    return found.config

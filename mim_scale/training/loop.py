@@ -118,7 +118,8 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
         ranks.together(lambda: refuse_short_pack(config, dataset, needed, num_held))
         # 4. Model and engine, and the state of the newest checkpoint.
         with ExitStack() as resources:
-            policy, why = resolve_checkpointing(config, ranks)
+            writers = find_writers(ranks, records.checkpoints.path)
+            policy, why = resolve_checkpointing(config, ranks, len(writers))
             module = build_method(config, policy)
             progress = Progress(start.step, train.steps, train.batch, is_shown=ranks.rank == 0)
             resources.callback(progress.close)
@@ -128,7 +129,6 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
                 progress.say(why)
             if train.compile:
                 progress.say(ranks.together(lambda: compile_blocks(module.to(ranks.device), config)))
-            writers = find_writers(ranks, records.checkpoints.path)
             if len(writers) < ranks.world:
                 progress.say(
                     f"{len(writers)} of {ranks.world} ranks see {records.checkpoints.path} and write checkpoints; the "

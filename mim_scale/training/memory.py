@@ -9,19 +9,29 @@ from pathlib import Path
 import torch
 
 from mim_scale.config import Checkpointing, PretrainConfig
-from mim_scale.methods.cost import choose_policy
+from mim_scale.methods.cost import Cost, choose_policy
+from mim_scale.training.rank_memory import rank_memory
 from mim_scale.training.ranks import Ranks
 
 
-def resolve_checkpointing(config: PretrainConfig, ranks: Ranks) -> tuple[Checkpointing, str]:
-    """The policy of a run, the same on all ranks, and for `auto` a line that says why."""
+def resolve_checkpointing(config: PretrainConfig, ranks: Ranks, writers: int = 1) -> tuple[Checkpointing, str]:
+    """The policy of a run, the same on all ranks, and for `auto` a line that says why.
+
+    Args:
+        writers: Ranks that share the writing of checkpoints, and with it the copy in host memory.
+    """
     policy = config.train.activation_checkpointing
     if policy != "auto":
         return policy, ""
     hosts = ranks.gather_objects(socket.gethostname())
-    room = free_bytes(ranks.device) // (1 if ranks.device.type == "cuda" else hosts.count(hosts[ranks.rank]))
+    is_on_host = ranks.device.type != "cuda"
+    room = free_bytes(ranks.device) // (hosts.count(hosts[ranks.rank]) if is_on_host else 1)
     least = int(min(ranks.gather([float(room)])[:, 0]))
-    return ranks.broadcast(choose_policy(config, least) if ranks.rank == 0 else ("none", ""))
+
+    def needed_bytes(cost: Cost) -> float:
+        return rank_memory(cost, config, ranks.world, writers, is_on_host).needed(is_on_host)
+
+    return ranks.broadcast(choose_policy(config, least, needed_bytes) if ranks.rank == 0 else ("none", ""))
 
 
 def free_bytes(device: torch.device) -> int:

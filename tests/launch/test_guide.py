@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from mim_scale.cli import _parser
 from tests.launch.launches import ROOT, check_launch, split, without_supervisor
 
 PAGE = ROOT / "docs" / "guide" / "from-one-workstation-to-eight-nodes.md"
@@ -11,6 +12,7 @@ RUN = {
     "deepspeed --num_gpus": "tests/training/test_launcher.py",
     "deepspeed --hostfile": "tests/launch/test_two_nodes.py",
     "torchrun --nproc_per_node": "tests/launch/test_supervised_run.py",
+    "mim-scale estimate": "tests/training/test_estimate.py",
     "torchrun --nnodes": "tests/launch/test_two_nodes.py",
     "srun ": "tests/launch/test_two_nodes.py has what srun sets",
     "sbatch ": "tests/launch/test_batch_scripts.py, with stand-ins of Slurm's commands",
@@ -40,5 +42,10 @@ def test_a_command_can_be_read_as_it_stands(command: str) -> None:
         assert (ROOT / words[3]).is_file()
     elif words[0] == "docker":
         assert f" AS {words[words.index('--target') + 1]}\n" in (ROOT / "Dockerfile").read_text()
+    elif words[0] == "mim-scale":
+        _parser().parse_args(words[1:])
+    elif "launch/measure_link.py" in words:
+        assert (ROOT / "launch" / "measure_link.py").is_file()
+        assert words[-2] == "--out"
     else:
         check_launch(words)

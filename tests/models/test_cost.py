@@ -44,6 +44,11 @@ def test_policies_trade_arithmetic_for_memory() -> None:
     costs = {policy: predicted_cost(policy) for policy in FEWEST_FIRST}
     assert costs["none"].flops < costs["second"].flops < costs["all"].flops
     assert costs["all"].bytes < costs["stem"].bytes < costs["none"].bytes
+    assert costs["none"].gradient_bytes == 4 * costs["none"].parameters
+    assert (
+        costs["none"].bytes
+        == costs["none"].activation_bytes + 16 * costs["none"].parameters + costs["none"].batch_bytes
+    )
     chunked = cost_of(changed(SMALL, train={"views_at_once": 1}), "none")
     assert chunked.activation_bytes < 0.7 * costs["none"].activation_bytes
 
@@ -67,12 +72,15 @@ def test_estimate_prints_a_table_and_json(capsys, tmp_path) -> None:
     assert run(["estimate", *config]) == 0
     shown = capsys.readouterr().out
     assert f"{predicted_cost('none').parameters:,} parameters" in shown
-    assert [line.split()[0] for line in shown.splitlines()[3:]] == list(FEWEST_FIRST)
+    assert [line.split()[0] for line in shown.splitlines()[3:-1]] == list(FEWEST_FIRST)
+    copied = predicted_cost("none").state_bytes / 2**30
+    assert shown.splitlines()[-1].startswith(f"besides, in host memory, for saves in the background: {copied:.2f} GiB")
     assert run(["estimate", *config, "--json", "--measure"]) == 0
     values = json.loads(capsys.readouterr().out)
     for policy in FEWEST_FIRST:
-        assert values[policy]["measured"]["flops"] == values[policy]["flops"]
-        assert values[policy]["measured"]["peak_bytes"] > 0
+        found = values["policies"][policy]
+        assert found["measured"]["flops"] == found["flops"]
+        assert found["measured"]["peak_bytes"] > 0
     assert not torch.is_autocast_enabled("cpu")
 
 

@@ -1,0 +1,183 @@
+"""How fast ranks exchange, within a node and between nodes: all-reduces of several sizes, timed where they will run."""
+
+import json
+import os
+import socket
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mim_scale.errors import ClusterError, ConfigError
+from mim_scale.training.scaling import Link, fit_link, ring_s
+
+if TYPE_CHECKING:
+    from mim_scale.training.ranks import Ranks
+
+SIZES = (4, 16 << 10, 256 << 10, 2 << 20, 16 << 20, 128 << 20)
+"""Bytes: from a number to the gradient of 32 million parameters."""
+REPEATS = 15
+LONG_S = 2.0
+"""After an exchange of so long no larger one is tried."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """One kind of link, as measured."""
+
+    link: Link
+    members: int
+    """Ranks of a node; or nodes."""
+    sizes: tuple[int, ...]
+    """Bytes."""
+    seconds: tuple[float, ...]
+    """Median of the repeats, on the slowest rank; between nodes less what goes on within them."""
+
+    @property
+    def off(self) -> float:
+        """How far the fitted link is off a measured time at most, as a share of it."""
+        pairs = zip(self.sizes, self.seconds, strict=True)
+        return max(abs(ring_s(size, self.members, self.link) / seconds - 1) for size, seconds in pairs)
+
+
+@dataclass(frozen=True)
+class Links:
+    """What joins the ranks of a cluster."""
+
+    device: str
+    """cpu (gloo) or cuda (NCCL)."""
+    cores: int
+    """Of the first rank's node."""
+    within: Timed | None
+    between: Timed | None
+
+
+def measure_links(ranks: "Ranks", say: Callable[[str], None] = print) -> Links:
+    """Time the links between the ranks that were started; all of them call it.
+
+    Raises:
+        ClusterError: there is one rank, or nodes have different numbers of them.
+    """
+    import torch.distributed as dist
+
+    if ranks.world == 1:
+        raise ClusterError(
+            "one rank has nobody to exchange with: start several, for example `torchrun --nproc_per_node 2 "
+            "launch/measure_link.py --out link.json`"
+        )
+    hosts = ranks.gather_objects(socket.gethostname())
+    nodes = {host: [rank for rank, other in enumerate(hosts) if other == host] for host in dict.fromkeys(hosts)}
+    sizes = {len(members) for members in nodes.values()}
+    if len(sizes) > 1:
+        raise ClusterError(f"nodes have {sorted(sizes)} ranks: start as many on each")
+    (per_node,) = sizes
+    within = between = None
+    if per_node > 1:
+        # Every rank makes every group, its own or not.
+        groups = {host: dist.new_group(members) for host, members in nodes.items()}
+        within = _timed(*_all_reduces(ranks, groups[hosts[ranks.rank]]), per_node)
+        say(told("within a node", within))
+    if len(nodes) > 1:
+        measured, seconds = _all_reduces(ranks, None)
+        link = within.link if within is not None else None
+        inside = [ring_s(size, per_node, link) for size in measured]
+        rest = tuple(max(s - i, _LEAST * s) for s, i in zip(seconds, inside, strict=True))
+        between = _timed(measured, rest, len(nodes))
+        say(told("between nodes", between))
+    return Links(ranks.device.type, usable_cores(), within, between)
+
+
+_LEAST = 0.05
+"""Share of an exchange over all nodes that is between them, at least: noise may leave less than nothing."""
+
+
+def _timed(sizes: tuple[int, ...], seconds: tuple[float, ...], members: int) -> Timed:
+    return Timed(fit_link(sizes, seconds, members), members, sizes, seconds)
+
+
+def _all_reduces(ranks: "Ranks", group: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
+    """Sizes, and the seconds of an all-reduce of each on the slowest rank."""
+    import torch
+    import torch.distributed as dist
+
+    sizes: list[int] = []
+    found: list[float] = []
+    for size in SIZES:
+        values, times = torch.ones(size // 4, device=ranks.device), []
+        for _ in range(REPEATS + 2):
+            ranks.gather([0.0])
+            start = time.perf_counter()
+            dist.all_reduce(values, group=group)
+            if ranks.device.type == "cuda":
+                torch.cuda.synchronize()
+            times.append(time.perf_counter() - start)
+            values.fill_(1.0)
+        # The first ones set connections up.
+        sizes.append(size)
+        found.append(float(ranks.gather([statistics.median(times[2:])]).max()))
+        if found[-1] > LONG_S:
+            break
+    return tuple(sizes), tuple(found)
+
+
+def told(what: str, timed: Timed) -> str:
+    """A link as a line for people."""
+    link, times = timed.link, zip(timed.sizes, timed.seconds, strict=True)
+    return (
+        f"{what}, {timed.members} members: {link.latency_s * 1e6:,.0f} us a message, {link.bytes_per_s / 1e9:.2f} GB/s "
+        f"(off by {timed.off:.0%} at most); all-reduce of "
+        + ", ".join(f"{size:,} bytes {seconds * 1e3:.2f} ms" for size, seconds in times)
+    )
+
+
+def as_values(links: Links) -> dict[str, Any]:
+    """For a file, and for scripts."""
+    values: dict[str, Any] = {"kind": _KIND, "device": links.device, "cores": links.cores}
+    for name in ("within", "between"):
+        timed = getattr(links, name)
+        values[name] = timed and {
+            "latency_s": timed.link.latency_s,
+            "bytes_per_s": timed.link.bytes_per_s,
+            "members": timed.members,
+            "sizes": timed.sizes,
+            "seconds": timed.seconds,
+        }
+    return values
+
+
+_KIND = "mim-scale link"
+
+
+def read_links(path: Path) -> Links:
+    """What `launch/measure_link.py --out` wrote.
+
+    Raises:
+        ConfigError: the file is missing or another one.
+    """
+    try:
+        values = json.loads(path.read_bytes())
+        if values["kind"] != _KIND:
+            raise ValueError
+        return Links(
+            str(values["device"]), int(values["cores"]), _of_values(values["within"]), _of_values(values["between"])
+        )
+    except OSError as error:
+        raise ConfigError(f"--link {path}: {error.strerror}; make it with launch/measure_link.py --out") from None
+    except (ValueError, KeyError, TypeError):
+        raise ConfigError(f"--link {path}: is not what launch/measure_link.py --out writes") from None
+
+
+def _of_values(values: dict[str, Any] | None) -> Timed | None:
+    if values is None:
+        return None
+    link = Link(float(values["latency_s"]), float(values["bytes_per_s"]))
+    if link.latency_s < 0 or link.bytes_per_s <= 0:
+        raise ValueError
+    return Timed(link, int(values["members"]), tuple(values["sizes"]), tuple(values["seconds"]))
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
