@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mim_scale.config import PretrainConfig
+from mim_scale.config_file import digest_config
 from mim_scale.training import doctor_disk, doctor_machine, doctor_run, doctor_services
 from mim_scale.training.doctor_finding import EXIT, Check, Finding, failure, run_check
 from mim_scale.training.doctor_run import Facts
@@ -77,6 +78,7 @@ def _look_at_machine(config: PretrainConfig | None, facts: Facts, placement: Pla
     uses_ray = config is not None and config.data.transport == "ray"
     facts.versions = {name: doctor_machine.installed(name) for name in ("mim-scale", *doctor_machine.TOLD)}
     facts.versions["python"] = platform.python_version()
+    facts.versions["config"] = digest_config(config)[:16] if config is not None else None
     precision = config.train.precision if config is not None else None
     checks: list[tuple[str, Check]] = [
         ("versions", doctor_machine.versions),
@@ -134,6 +136,7 @@ def _together(
         machines = [(name, one) for name, is_first, one, _ in told if is_first]
         table, met = doctor_ranks.exchanges(ranks, machines[0][1].parameters)
         met += [doctor_ranks.clocks(ranks), *doctor_ranks.alike(machines)]
+        met += doctor_ranks.shared_devices(ranks.gather_objects((host, doctor_ranks.device_of(ranks))))
         met += doctor_ranks.shared_folder(ranks, Path(config.output) if config is not None else Path())
         networks = ranks.gather_objects((host, placement.local_rank == 0, doctor_ranks.network(len(machines))))
     everywhere = [entry for *_, own in told for entry in own]

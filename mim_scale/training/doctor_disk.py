@@ -6,6 +6,7 @@ or with the process where the check does not end.
 
 import atexit
 import os
+import re
 import shutil
 import statistics
 import subprocess
@@ -19,6 +20,7 @@ from pathlib import Path
 
 from mim_scale import disk
 from mim_scale.commit import TEMPORARY, remove, write_all
+from mim_scale.errors import ConfigError
 from mim_scale.training.doctor_finding import Finding, Level, gib, short
 
 PIECE = 8 << 20
@@ -31,16 +33,23 @@ SHARE = 16
 SMALL_SYNCS = 16
 SLOW_MB_S, SLOW_SYNC_S = 20.0, 0.2
 MB = 1e6
+MOUNTS = Path("/proc/self/mountinfo")
 NO_LOCKS = "mount it with locks (NFS: without nolock), or never start a run twice"
 _TRY_LOCK = "import fcntl, sys; fcntl.flock(open(sys.argv[1], 'rb'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
 _REFUSED = "BlockingIOError"
 
 
 def existing(path: Path) -> Path:
-    """The folder itself, or the nearest above it that is there: where a run would make it."""
+    """The folder itself, or the nearest above it that is there: where a run would make it.
+
+    Raises:
+        ConfigError: what is there is no folder.
+    """
     path = path.absolute()
-    while not path.is_dir():
+    while not path.exists():
         path = path.parent
+    if not path.is_dir():
+        raise ConfigError(f"{path} is no folder; choose another one")
     return path
 
 
@@ -91,9 +100,9 @@ def kind_of(folder: Path) -> str:
     """The type of the file system that a folder lies on, as the kernel calls it."""
     best, kind = -1, "an unknown file system"
     here = str(folder.resolve())
-    for line in Path("/proc/self/mountinfo").read_text().splitlines():
+    for line in MOUNTS.read_text(errors="surrogateescape").splitlines() if MOUNTS.is_file() else ():
         before, _, after = line.partition(" - ")
-        point = before.split()[4].encode().decode("unicode_escape")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])
         # The later of two mounts at one place hides the earlier.
         if (here == point or here.startswith(point.rstrip("/") + "/")) and len(point) >= best:
             best, kind = len(point), after.split()[0]
@@ -132,7 +141,8 @@ def _speed(folder: Path, save_bytes: int) -> Iterator[Finding]:
             written += 1
         write_s = time.perf_counter() - start
         # Without this the memory would be measured; where it is refused, it is.
-        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     start = time.perf_counter()
     is_same = all(piece == data for piece in _pieces(path))
     read_s = time.perf_counter() - start

@@ -43,7 +43,11 @@ def run_check(name: str, check: Check, limit_s: float = LIMIT_S) -> list[Finding
 
     # A daemon: the process must be able to end although a system call of the check never does.
     thread = threading.Thread(target=collect, name=f"mim-doctor-{name}", daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError:
+        collect()  # no more threads may start, which a check will say
+        return found
     thread.join(limit_s)
     if thread.is_alive():
         hint = "look for a file server, a driver or a server that hangs"

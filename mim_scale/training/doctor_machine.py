@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 from collections.abc import Iterator
@@ -208,15 +209,23 @@ def memory_limit() -> int | None:
     return min((int(text) for text in texts if text.isdigit() and int(text) < PAGES), default=None)
 
 
-def free_memory() -> int:
-    """Bytes that this machine, or the cgroup, has left."""
+def free_memory() -> tuple[int, int]:
+    """Bytes that this machine, or the cgroup, has left, and those that it has in all."""
     import psutil
 
-    free, limit = int(psutil.virtual_memory().available), memory_limit()
-    if limit is None:
-        return free
-    used = [*_cgroup("memory", "memory.current"), *_cgroup("memory", "memory.usage_in_bytes")]
-    return min(free, max(0, limit - min((int(text) for text in used), default=0)))
+    found, limit = psutil.virtual_memory(), memory_limit()
+    free, whole = int(found.available), int(found.total)
+    for limits, uses, cached in (
+        ("memory.max", "memory.current", "inactive_file"),
+        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+    ):
+        groups = zip(*(_cgroup("memory", name) for name in (limits, uses, "memory.stat")), strict=False)
+        for most, used, stat in groups:
+            # What files hold of it is given back when memory is short.
+            files = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
+            if most.isdigit():
+                free = min(free, max(0, int(most) - int(used) + (int(files[1]) if files else 0)))
+    return free, min(whole, limit or whole)
 
 
 def _cgroup(controller: str, name: str) -> Iterator[str]:

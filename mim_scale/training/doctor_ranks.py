@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mim_scale.errors import ConfigError
 from mim_scale.training import doctor_machine
 from mim_scale.training.doctor_disk import NO_LOCKS, existing, scratch
 from mim_scale.training.doctor_finding import Finding
@@ -156,12 +157,36 @@ def alike(facts: Sequence[tuple[str, Facts]]) -> list[Finding]:
             by_version.setdefault(one.versions.get(name), []).append(host)
         if len(by_version) > 1:
             told = "; ".join(f"{version or 'none'} on {', '.join(hosts)}" for version, hosts in by_version.items())
-            found.append(Finding("error", "same everywhere", f"{name}: {told}", "give all machines one environment"))
+            found.append(
+                Finding(
+                    "error", "same everywhere", f"{name}: {told}", "give all machines one environment, and one config"
+                )
+            )
     prints = {one.fingerprint: host for host, one in facts if one.fingerprint is not None}
     if len(prints) > 1:
         told = ", ".join(f"{fingerprint[:16]} on {host}" for fingerprint, host in prints.items())
         found.append(Finding("error", "same everywhere", f"other datasets: {told}", "give all machines the same store"))
     return found or [Finding("ok", "same everywhere", "versions and dataset")]
+
+
+def device_of(ranks: Ranks) -> str | None:
+    """What tells this rank's GPU from all others; None on cores."""
+    if ranks.device.type != "cuda":
+        return None
+    return str(torch.cuda.get_device_properties(ranks.device).uuid)
+
+
+def shared_devices(used: Sequence[tuple[str, str | None]]) -> list[Finding]:
+    """Ranks that compute on one GPU.
+
+    Args:
+        used: Host and GPU of each rank.
+    """
+    crowded = sorted({host for host, gpu in used if gpu is not None and used.count((host, gpu)) > 1})
+    if not crowded:
+        return []
+    text = f"several ranks share a GPU on {', '.join(crowded)}"
+    return [Finding("warning", "devices", text, "start one rank for each GPU, and let each see all or its own")]
 
 
 def shared_folder(ranks: Ranks, output: Path) -> list[Finding]:
@@ -173,7 +198,7 @@ def shared_folder(ranks: Ranks, output: Path) -> list[Finding]:
                 mark = stack.enter_context(scratch(existing(output))) / "lock"
                 file = stack.enter_context(open(mark, "xb"))
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except (OSError, ConfigError):
                 mark = None  # what is wrong with that disk is a finding of its own
         mark = ranks.broadcast(mark)
         if mark is None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from mim_scale.config import PretrainConfig
-from mim_scale.errors import StoreError
+from mim_scale.errors import CheckpointError, OtherVersionError, StoreError
 from mim_scale.training import doctor_disk
 from mim_scale.training.doctor_finding import Finding, gib
 from mim_scale.training.doctor_machine import free_memory, usable_cores
@@ -90,23 +90,23 @@ def memory(config: PretrainConfig, facts: Facts, world: int, ranks_here: int) ->
     # Activations take a trace of seconds: `mim-scale estimate` has them.
     cost = Cost(facts.parameters, 0, 0, 0, gradient_bytes=words, state_bytes=3 * words, batch_bytes=0, tensors=0)
     held = rank_memory(cost, config, world, world, is_on_host=not on_gpu)
-    remedy = "raise train.zero_stage, start fewer ranks here, or take a smaller model; see `mim-scale estimate`"
     if on_gpu:
-        free = min(torch.cuda.mem_get_info(number)[0] for number in range(torch.cuda.device_count()))
-        told = f"a rank holds {gib(held.device)} besides activations, a GPU has {gib(free)} free"
-        yield Finding(
-            "error" if held.device > free else "ok", "room on GPU", told, remedy if held.device > free else ""
-        )
-    needed, free = ranks_here * (held.host if on_gpu else held.needed(True)), free_memory()
-    copies = ranks_here * held.host_copy
-    told = (
-        f"{ranks_here} rank(s) hold {gib(needed)} besides activations, {gib(free)} are free; {gib(copies)} is for saves"
-    )
-    if needed > free:
-        saves = "set checkpoint.background=false" if needed - copies <= free else remedy
-        yield Finding("error", "room in memory", told, saves)
-    else:
-        yield Finding("ok", "room in memory", told)
+        infos = [torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count())]
+        told = f"a rank holds {gib(held.device)} besides activations"
+        yield _room("room on GPU", told, held.device, *min(infos))
+    needed, copies = ranks_here * (held.host if on_gpu else held.needed(True)), ranks_here * held.host_copy
+    told = f"{ranks_here} rank(s) hold {gib(needed)} besides activations, {gib(copies)} of it to save from"
+    yield _room("room in memory", told, needed, *free_memory())
+
+
+def _room(name: str, told: str, needed: float, free: int, whole: int) -> Finding:
+    told = f"{told}; {gib(free)} of {gib(whole)} are free"
+    if needed <= free:
+        return Finding("ok", name, told)
+    remedy = "raise train.zero_stage, start fewer ranks here, set checkpoint.background=false, or take a smaller model"
+    if needed <= whole:
+        return Finding("warning", name, told, f"end what else runs here; else {remedy}")
+    return Finding("error", name, told, remedy)
 
 
 def store(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
@@ -141,14 +141,24 @@ def run_folder(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
     if not folders:
         yield Finding("ok", "run folder", f"{output}: no checkpoint yet")
         return
-    newest = read_record(folders[0])
+    for folder in folders:
+        try:
+            newest = read_record(folder)
+            break
+        except OtherVersionError:
+            raise
+        except CheckpointError as error:
+            yield Finding("warning", "run folder", f"{error}", "`mim-scale checkpoint verify` names all damaged ones")
+    else:
+        raise CheckpointError(f"{output}: no checkpoint is whole; choose another output, or restore a copy of one")
     saved = str(newest.record.get("fingerprint"))
     if facts.fingerprint is not None and saved != facts.fingerprint:
         raise StoreError(
             f"{output}: was trained on the dataset {saved[:16]}, but data.store {config.data.store} holds "
             f"{facts.fingerprint[:16]}; give the store of that run, or choose another output"
         )
-    yield Finding("ok", "run folder", f"{output}: goes on from step {newest.step} of {config.train.steps}")
+    verb = "goes on from" if newest.step < config.train.steps else "is done at"
+    yield Finding("ok", "run folder", f"{output}: {verb} step {newest.step} of {config.train.steps}")
 
 
 def _is_locked(path: Path) -> bool:

@@ -134,6 +134,19 @@ def test_the_worst_finding_is_the_exit_code(store: Path, tmp_path: Path) -> None
     assert Report(1, [*host_and, ("here", found)], []).exit_code == 2
 
 
+def test_an_output_that_is_a_file(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, found = examined(capsys, "--config", str(config), f"output={config}/run")
+    assert (code, levels(found["writing"]), levels(found["disk of output"])) == (2, ["error"], ["error"])
+    assert found["writing"][0].found == f"{config} is no folder"
+
+
+@pytest.mark.parametrize(("parameters", "level"), [(10**6, "ok"), (10**14, "error")])
+def test_memory_for_weights_and_saves(parameters: int, level: str) -> None:
+    facts = doctor_run.Facts(parameters=parameters)
+    found = [one for one in doctor_run.memory(small_config(), facts, 2, 2) if one.check == "room in memory"]
+    assert levels(found) == [level]
+
+
 def test_a_batch_that_ranks_do_not_divide() -> None:
     found = run_check("batch", lambda: doctor_run.batch(small_config(batch=4, micro_batch=1), 3))
     assert levels(found) == ["error"]
@@ -152,6 +165,12 @@ def test_a_run_folder_of_another_dataset_and_one_with_a_run_in_it(
         fcntl.flock(lock, fcntl.LOCK_EX)
         _, found = examined(capsys, "--config", str(config))
     assert levels(found["run folder"]) == ["note", "ok"]
+    assert "goes on from step 2" in found["run folder"][1].found
+    save_state(folder, 3, *state(3), facts)
+    damaged = output / "checkpoints" / "step_00000003" / "run.json"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    _, found = examined(capsys, "--config", str(config))
+    assert levels(found["run folder"]) == ["warning", "ok"]
     assert "goes on from step 2" in found["run folder"][1].found
     save_state(folder, 4, *state(4), {**facts, "fingerprint": "another"})
     code, found = examined(capsys, "--config", str(config))
@@ -219,9 +238,13 @@ def test_limits_of_a_cgroup(tmp_path: Path, version: int, monkeypatch: pytest.Mo
     names = {
         1: {"memory/a/memory.limit_in_bytes": 2**30, "memory/a/b/memory.limit_in_bytes": 2**63 - 4096}
         | {"cpu/a/b/cpu.cfs_quota_us": 50000, "cpu/a/b/cpu.cfs_period_us": 100000, "cpu/cpu.cfs_quota_us": -1}
-        | {"memory/a/memory.usage_in_bytes": 2**29, "pids/a/pids.max": 300, "pids/a/pids.current": 200},
+        | {"memory/a/memory.usage_in_bytes": 2**29 + 4096, "memory/a/memory.stat": "total_inactive_file 4096"}
+        | {"memory/a/b/memory.usage_in_bytes": 9, "memory/a/b/memory.stat": "total_inactive_file 0"}
+        | {"pids/a/pids.max": 300, "pids/a/pids.current": 200},
         2: {"a/memory.max": 2**30, "a/b/memory.max": "max", "a/b/cpu.max": "50000 100000", "a/cpu.max": "max 100000"}
-        | {"a/memory.current": 2**29, "a/pids.max": 300, "a/pids.current": 200},
+        | {"a/memory.current": 2**29 + 4096, "a/memory.stat": "anon 9\ninactive_file 4096"}
+        | {"a/b/memory.current": 9, "a/b/memory.stat": "inactive_file 0"}
+        | {"a/pids.max": 300, "a/pids.current": 200},
     }[version]
     for name, value in names.items():
         (top / name).parent.mkdir(parents=True, exist_ok=True)
@@ -234,7 +257,8 @@ def test_limits_of_a_cgroup(tmp_path: Path, version: int, monkeypatch: pytest.Mo
     monkeypatch.setattr(doctor_machine, "PROC", tmp_path)
     monkeypatch.setattr(doctor_machine, "SYS", tmp_path)
     assert doctor_machine.memory_limit() == 2**30
-    assert doctor_machine.free_memory() <= 2**29
+    free, whole = doctor_machine.free_memory()
+    assert (min(free, 2**29), whole) == (free, 2**30)
     assert doctor_machine.usable_cores() == 1
     assert ["the cgroup allows 1.0 GiB" in one.found for one in doctor_machine.memory()] == [True]
     processes = [one for one in doctor_machine.limits() if one.check == "processes"]

@@ -131,6 +131,13 @@ def test_clocks_and_machines_that_differ() -> None:
     assert found[1].found == f"other datasets: {'a' * 16} on n1, {'b' * 16} on n2"
 
 
+def test_ranks_that_share_a_gpu() -> None:
+    assert doctor_ranks.shared_devices([("n1", None), ("n1", None)]) == []
+    assert doctor_ranks.shared_devices([("n1", "GPU-a"), ("n1", "GPU-b"), ("n2", "GPU-a")]) == []
+    (found,) = doctor_ranks.shared_devices([("n1", "GPU-a"), ("n2", "GPU-c"), ("n2", "GPU-c")])
+    assert (found.level, found.found) == ("warning", "several ranks share a GPU on n2")
+
+
 def test_findings_of_several_machines_are_told_once() -> None:
     same, own = Finding("ok", "versions", "all"), Finding("warning", "open files", "64", "ulimit -n 65536")
     findings = [("n1", same), ("n2", same), ("n2", own), ("all ranks", Finding("ok", "clocks", "fine"))]
