@@ -13,6 +13,7 @@ RUN = {
     "deepspeed --hostfile": "tests/launch/test_two_nodes.py",
     "torchrun --nproc_per_node": "tests/launch/test_supervised_run.py",
     "mim-scale estimate": "tests/training/test_estimate.py",
+    "mim-scale doctor": "tests/cli/test_doctor.py, test_doctor_ranks.py",
     "torchrun --nnodes": "tests/launch/test_two_nodes.py",
     "srun ": "tests/launch/test_two_nodes.py has what srun sets",
     "sbatch ": "tests/launch/test_batch_scripts.py, with stand-ins of Slurm's commands",
@@ -42,6 +43,8 @@ def test_a_command_can_be_read_as_it_stands(command: str) -> None:
         assert (ROOT / words[3]).is_file()
     elif words[0] == "docker":
         assert f" AS {words[words.index('--target') + 1]}\n" in (ROOT / "Dockerfile").read_text()
+    elif "doctor" in words:
+        _parser().parse_args(words[words.index("doctor") :])
     elif words[0] == "mim-scale":
         _parser().parse_args(words[1:])
     elif "launch/measure_link.py" in words:
