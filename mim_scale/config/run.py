@@ -33,7 +33,8 @@ class DataConfig(Section):
     held_out_subjects: Annotated[int, Field(ge=0)]
     """How many subjects are kept out of training, to measure on; all volumes of a subject go together."""
     transport: Literal["threads", "ray"] = "threads"
-    workers: Positive = 2
+    workers: Annotated[int, Field(ge=0)] = 2
+    """Threads or actors of each rank; 0 for none: each micro-batch is read when it is asked for, and nothing ahead."""
     read_ahead: Positive = 4
     """Micro-batches that may be ready or under way before they are asked for."""
     pack: str | None = None
@@ -43,6 +44,8 @@ class DataConfig(Section):
     def _check(self) -> Self:
         if self.window_hu[0] >= self.window_hu[1]:
             raise ValueError(f"window_hu {list(self.window_hu)} is empty: its first number must be the smaller one")
+        if self.transport == "ray" and not self.workers:
+            raise ValueError("workers is 0, and transport ray reads by workers alone: give it some, or take threads")
         return self
 
 

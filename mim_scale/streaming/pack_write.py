@@ -113,7 +113,7 @@ def write_pack(
         with _kept_alone(folder), ExitStack() as stack:
             _take_up(folder, job)
             _clear(folder)
-            pool = stack.enter_context(ThreadPoolExecutor(config.data.workers, thread_name_prefix="mim-pack"))
+            pool = stack.enter_context(ThreadPoolExecutor(max(1, config.data.workers), thread_name_prefix="mim-pack"))
             packer = _Packer(folder, job, pool, config.data.read_ahead, watcher)
             shards = {}
             for held_out, side in enumerate(SIDES):

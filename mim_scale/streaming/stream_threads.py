@@ -15,20 +15,26 @@ Result = TypeVar("Result")
 
 
 class ThreadStream:
-    """Batches in order, read by `workers` threads, at most `read_ahead` of them begun before they are asked for."""
+    """Batches in order, read by `workers` threads, at most `read_ahead` of them begun before they are asked for.
+
+    With no workers each is read when it is asked for, by whoever asks.
+    """
 
     def __init__(self, reader: Reader, workers: int, read_ahead: int) -> None:
         self._reader = reader
         self._read_ahead = read_ahead
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="mim-stream")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="mim-stream") if workers else None
 
     def batches(self, schedule: Iterable[Sequence[int]]) -> Iterator[Batch]:
         """As Stream.batches."""
+        if self._pool is None:
+            return (self._reader.batch(positions) for positions in schedule)
         return in_order(self._pool, self._reader.batch, schedule, self._read_ahead)
 
     def close(self) -> None:
         """End the threads; a read under way is awaited, one not begun is dropped."""
-        self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
 
     def __enter__(self) -> Self:
         return self

@@ -47,6 +47,7 @@ def test_no_preference_stays_null() -> None:
         (("simclr", "vit"), {"train": {"views_at_once": 3}}, "compares the 4 views of a group"),
         (("mask_in_mask", "vit"), {"method": {"level_weights": [0, 0, 0], "alignment": "none"}}, "nothing else is"),
         (("simmim", "swin"), {"model": {"patch": 4}}, "take token 64, or another patch"),
+        (("mae", "vit"), {"data": {"transport": "ray", "workers": 0}}, "workers is 0, and transport ray reads by"),
     ],
 )
 def test_what_teaches_nothing_or_does_not_fit_is_refused(

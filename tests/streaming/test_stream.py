@@ -143,6 +143,25 @@ class TestThreadStream(StreamContract):
         yield
         assert not [thread.name for thread in threading.enumerate() if thread.name.startswith("mim-stream")]
 
+    def test_without_workers_batches_are_read_in_line_when_asked_for(self, reader):
+        items = schedule(7)
+        asked = []
+        with self.open(reader, workers=0) as stream:
+            for batch, positions in zip(stream.batches(asked.append(p) or p for p in items), items, strict=True):
+                assert asked[-1] == positions
+                assert_equal(batch, reader.batch(positions))
+                assert not [one.name for one in threading.enumerate() if one.name.startswith("mim-stream")]
+
+    def test_without_workers_the_first_error_comes_at_its_index(self, tmp_path):
+        dataset = make_dataset(tmp_path / "store", [(48, 48, 48)] * 4)
+        reader, keys = damage_last_volume(dataset)
+        with self.open(reader, workers=0) as stream:
+            batches = stream.batches(schedule(8, micro_batch=1))
+            assert [next(batches).keys for _ in range(3)] == [(key,) for key in keys[:3]]
+            with pytest.raises(DamagedError, match=keys[3]):
+                next(batches)
+            assert list(batches) == []
+
     def test_an_error_in_the_consumer_ends_the_threads(self, reader):
         def consume():
             with ThreadStream(reader, 2, 3) as stream:
