@@ -18,6 +18,7 @@ from mim_scale.training.doctor_finding import Finding
 from mim_scale.training.doctor_ranks import Exchange, alike, skew
 from mim_scale.training.doctor_run import Facts
 from mim_scale.training.ranks import Ranks
+from tests.launch.nodes import two_nodes, why_not
 from tests.synthetic import make_dataset
 from tests.training.jobs import deepspeed, environment, free_port, run, torchrun, write_config
 from tests.training.standin import small_config
@@ -87,6 +88,77 @@ def test_a_rank_that_does_not_come(tmp_path: Path) -> None:
     assert "did not meet the others" in last["found"]
     assert "Traceback" not in job.stderr
     assert {"versions", "disk speed"} <= {entry["check"] for entry in values["findings"]}
+
+
+DIFFERS = 'mount -t tmpfs tmpfs "$1" && mount --bind "$2" "$3" && shift 3 && ulimit -n 300 && exec "$@"'
+"""A node whose shared disk is its own, with another store in the place of the one, and few files."""
+
+
+@pytest.mark.dist
+@pytest.mark.soak
+def test_two_nodes_alike_and_one_that_differs(tmp_path: Path) -> None:
+    """Nodes with networks and host names of their own; what differs is told with the node that it is on."""
+    if reason := why_not():
+        pytest.skip(reason)
+    shared, store, other = tmp_path / "shared", tmp_path / "store", tmp_path / "other"
+    shared.mkdir()
+    make_dataset(store)
+    make_dataset(other, seed=5)
+    config = write_config(small_config(str(store), str(shared / "run")), tmp_path)
+    reports = []
+    with two_nodes() as nodes:
+        for wrapped in ([], ["unshare", "-m", "sh", "-c", DIFFERS, "sh", str(shared), str(other), str(store)]):
+            command = [sys.executable, *DOCTOR, "--config", str(config), "--json"]
+            placed = {"WORLD_SIZE": "2", "MASTER_ADDR": nodes[0].address, "MASTER_PORT": str(free_port())}
+            placed |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+            log = tmp_path / f"log_{len(reports)}"
+            jobs = [
+                nodes[0].start(command, log, RANK="0", **placed),
+                nodes[1].start([*wrapped, *command], tmp_path / "log_of_second", RANK="1", **placed),
+            ]
+            codes = [job.wait(timeout=180) for job in jobs]
+            lines = [line for line in log.read_text().splitlines() if line.startswith("{")]
+            assert len(lines) == 1, log.read_text() + (tmp_path / "log_of_second").read_text()
+            reports.append(json.loads(lines[0]))
+            assert codes == [reports[-1]["exit"]] * 2
+        names = [node.name for node in nodes]
+    alike_ones, differing = ({(one["host"], one["check"]): one for one in values["findings"]} for values in reports)
+    for found in (alike_ones, differing):
+        assert "2 ranks on 2 machine(s)" in found["all ranks", "all-reduce"]["found"]
+        assert not [name for name in names if "gloo uses mim" not in found[name, "network"]["found"]]
+    assert [alike_ones["all ranks", check]["level"] for check in ("same everywhere", "shared output")] == ["ok", "ok"]
+    assert reports[0]["exit"] < 2
+    assert differing["all ranks", "same everywhere"]["found"].startswith("other datasets: ")
+    assert differing["all ranks", "shared output"]["found"].startswith(f"not seen from {names[1]}")
+    assert [differing[name, "open files"]["level"] for name in names] == [
+        alike_ones[names[0], "open files"]["level"],
+        "warning",
+    ]
+    assert reports[1]["exit"] == 2
+    assert not (shared / "run").exists()
+
+
+DIES = """
+import os
+from mim_scale.training import doctor_ranks
+doctor_ranks.clocks = lambda ranks: os._exit(9)
+from mim_scale.cli import main
+main()
+"""
+
+
+@pytest.mark.dist
+@pytest.mark.soak
+def test_a_rank_that_dies_while_it_is_measured() -> None:
+    placed = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    code = ["-c", DIES, "doctor"]
+    with subprocess.Popen([sys.executable, *code], env=environment(RANK="1", LOCAL_RANK="1", **placed)) as other:
+        job = run([sys.executable, *DOCTOR, "--json"], RANK="0", LOCAL_RANK="0", **placed)
+        assert other.wait(timeout=60) == 9
+    last = values_of(job)["findings"][-1]
+    assert (job.returncode, last["check"], last["level"]) == (2, "ranks", "error")
+    assert "rank 0 lost another rank" in last["found"]
+    assert "Traceback" not in job.stderr
 
 
 def test_ranks_inside_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
