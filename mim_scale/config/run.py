@@ -72,7 +72,8 @@ class TrainConfig(Section):
     """Samples that one rank holds in memory at once."""
     precision: Literal["fp32", "bf16"]
     engine: Literal["deepspeed", "plain"] = "deepspeed"
-    zero_stage: Literal[0, 1, 2, 3] = 1
+    zero_stage: Literal[0, 1, 2, 3, "auto"] = 1
+    """`auto`: 1, or the lowest above it at which a rank's memory holds what a step takes; the run says why."""
     offload_optimizer: bool = False
     """Keep the optimizer's moments, and its copy of the weights, in the host's memory; needs zero_stage 1 or more."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -89,19 +90,26 @@ class TrainConfig(Section):
     keep_freed_memory: bool = True
     """On a CPU: memory that was freed stays with the process, which saves paging it in again and again."""
 
+    @property
+    def stage(self) -> int:
+        """The ZeRO stage, 0 without DeepSpeed; of `auto`, until a run has chosen, the lowest."""
+        if self.engine == "plain":
+            return 0
+        return 1 if self.zero_stage == "auto" else self.zero_stage
+
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.batch % self.micro_batch:
             raise ValueError(f"batch {self.batch} is not a multiple of micro_batch {self.micro_batch}")
-        if self.engine == "deepspeed" and self.precision == "bf16" and self.zero_stage == 0:
+        if self.engine == "deepspeed" and self.precision == "bf16" and self.stage == 0:
             raise ValueError(
                 "precision bf16 at zero_stage 0 drifts from fp32 under DeepSpeed: take zero_stage 1 or more"
             )
-        if self.offload_optimizer and (self.engine != "deepspeed" or self.zero_stage == 0):
+        if self.offload_optimizer and self.stage == 0:
             raise ValueError("offload_optimizer needs engine deepspeed and zero_stage 1 or more")
         if self.deepspeed and self.engine != "deepspeed":
             raise ValueError(f"deepspeed has settings, but engine is {self.engine}: leave them out, or take deepspeed")
-        if self.compile and self.engine == "deepspeed" and self.zero_stage == 3:
+        if self.compile and self.stage == 3:
             raise ValueError(
                 "compile does not go with zero_stage 3, whose hooks gather weights while a block runs: take a lower "
                 "one, or set compile to false"

@@ -29,7 +29,7 @@ def losses_by_chunk(
     if len(runs) == 1 or not torch.is_grad_enabled():
         parts = summed([run() for run in runs])
         return Losses(total(parts), parts)
-    if train.engine == "deepspeed" and train.zero_stage == 3:
+    if train.stage == 3:
         # Weights exist only while a module is called there, so gradients cannot be taken before the backward pass.
         parts = summed(recomputed_by_chunk(runs))
         return Losses(total(parts), parts)

@@ -34,7 +34,7 @@ def deepspeed_config(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
     Raises:
         ConfigError: `train.deepspeed` says otherwise than the config; names both values.
     """
-    zero: dict[str, Any] = {"stage": config.train.zero_stage}
+    zero: dict[str, Any] = {"stage": config.train.stage}
     derived: dict[str, Any] = {
         "train_batch_size": config.train.batch,
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
@@ -46,7 +46,7 @@ def deepspeed_config(config: PretrainConfig, ranks: Ranks) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": None,
     }
-    if config.train.zero_stage == 3:
+    if config.train.stage == 3:
         # Keeping small parameters whole would make toy models, and tests, avoid what stage 3 is for.
         zero["stage3_param_persistence_threshold"] = 0
     if config.train.offload_optimizer:

@@ -66,7 +66,7 @@ class DeepSpeedEngine:
     def __init__(self, module: nn.Module, config: PretrainConfig, ranks: Ranks) -> None:
         self._module = module.train()
         self._ranks = ranks
-        self._stage = config.train.zero_stage
+        self._stage = config.train.stage
         self._accumulation = accumulation(config, ranks)
         self._coalescing = contextlib.ExitStack()
         self._is_coalescing = False

@@ -231,7 +231,7 @@ def _told_disk(disk: projection.Disk) -> str:
 
 def _told_memory(asked: _Asked, memory: RankMemory, is_on_host: bool) -> str:
     train = asked.config.train
-    stage = f"ZeRO-{train.zero_stage}" if train.engine == "deepspeed" else "plain engine"
+    stage = f"ZeRO-{train.stage}" if train.engine == "deepspeed" else "plain engine"
     names = ("activations", "weights", "optimizer", "gradients", "buffers")
     parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
     line = f"memory: a rank {memory.needed(is_on_host) / GIB:.2f} GiB ({stage}, checkpointing {asked.policy}): {parts}"

@@ -84,7 +84,7 @@ def _candidates(config: PretrainConfig) -> Iterator[tuple[int | None, Stage, Che
 
 
 def _changed(
-    config: PretrainConfig, stage: Stage, policy: Checkpointing, micro_batch: int, views: int | None
+    config: PretrainConfig, stage: Stage | Literal["auto"], policy: Checkpointing, micro_batch: int, views: int | None
 ) -> PretrainConfig | None:
     """The config with these settings; None where they do not go together."""
     values = config_values(config)

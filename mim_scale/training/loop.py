@@ -30,7 +30,7 @@ from mim_scale.training.deepspeed_settings import deepspeed_config
 from mim_scale.training.engine import Engine, accumulation, build_engine, trained_parameters
 from mim_scale.training.guards import Guards
 from mim_scale.training.held_out import HeldOut, trivial_name
-from mim_scale.training.memory import resolve_checkpointing
+from mim_scale.training.memory import resolve_checkpointing, resolve_stage
 from mim_scale.training.placement import read_placement
 from mim_scale.training.progress import Progress
 from mim_scale.training.ranks import Ranks, joined
@@ -119,14 +119,15 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
         # 4. Model and engine, and the state of the newest checkpoint.
         with ExitStack() as resources:
             writers = find_writers(ranks, records.checkpoints.path)
+            config, why_stage = resolve_stage(config, ranks, len(writers))
             policy, why = resolve_checkpointing(config, ranks, len(writers))
             module = build_method(config, policy)
             progress = Progress(start.step, train.steps, train.batch, is_shown=ranks.rank == 0)
             resources.callback(progress.close)
             progress.say(_opening(config, ranks, start.step, module, len(rows), len(held_rows)))
             progress.say(told_share_inside(rows, config.plan.box))
-            if why:
-                progress.say(why)
+            for line in filter(None, (why_stage, why)):
+                progress.say(line)
             if train.compile:
                 progress.say(ranks.together(lambda: compile_blocks(module.to(ranks.device), config)))
             if len(writers) < ranks.world:
@@ -316,7 +317,7 @@ _FEW_INSIDE = 0.5
 
 def _opening(config: PretrainConfig, ranks: Ranks, step: int, module: nn.Module, volumes: int, held_out: int) -> str:
     parameters = sum(parameter.numel() for parameter in trained_parameters(module).values())
-    engine = f"DeepSpeed ZeRO-{config.train.zero_stage}" if config.train.engine == "deepspeed" else "plain torch"
+    engine = f"DeepSpeed ZeRO-{config.train.stage}" if config.train.engine == "deepspeed" else "plain torch"
     taken_up = f"taken up at step {step} of {config.train.steps}" if step else f"{config.train.steps} steps"
     return (
         f"{config.output}: {taken_up}; {parameters:,} parameters, {ranks.world} rank{'s' * (ranks.world > 1)} on "

@@ -90,7 +90,7 @@ def work_of(config: PretrainConfig, cost: Cost, policy: Checkpointing, world: in
     train = config.train
     if share is None:
         share = len(micro_batches(0, train.batch, train.micro_batch, 0, world))
-    stage = train.zero_stage if train.engine == "deepspeed" else 0
+    stage = train.stage
     # Stages 1 and 2 sum gradients on all ranks, then bring the updated weights together; stage 3 fetches weights for
     # every pass through the network, and sums gradients, each time half of an all-reduce.
     passes = 2.0 if policy == "none" else 2.5

@@ -60,7 +60,6 @@ def rank_memory(cost: Cost, config: PretrainConfig, world: int, writers: int, is
     train = config.train
     whole = float(cost.parameters * WORD)
     part = whole / world
-    stage = train.zero_stage if train.engine == "deepspeed" else 0
     is_accumulated = train.batch > train.micro_batch * world
     bucket = float(min(cost.parameters, BUCKET) if is_on_host else BUCKET) * WORD
     weights, optimizer, gradients, buffers = {
@@ -70,8 +69,8 @@ def rank_memory(cost: Cost, config: PretrainConfig, world: int, writers: int, is
         # Several micro-batches' gradients are added up whole, so that they are exchanged once.
         2: (whole, 3 * part, whole if is_accumulated else part, bucket),
         3: (part, 3 * part, part, bucket + min(whole, LIVE * WORD)),
-    }[stage]
-    is_offloaded = train.offload_optimizer and stage > 0
+    }[train.stage]
+    is_offloaded = train.offload_optimizer and train.stage > 0
     copies = config.checkpoint.background
     return RankMemory(
         weights=weights,

@@ -79,7 +79,7 @@ class Saver:
         save = self._under_way = _Save(step, began, share, self._records)
         save.stall_s = time.perf_counter() - began
         if not self._background:
-            # Not by waiting for the own thread alone: it waits for the shares of others, and one of them may have failed.
+            # Not by waiting for the own thread alone: it waits for the shares of others, and one may have failed.
             self.finish()
             self._buffers = {kind: {} for kind in KINDS}
 

@@ -31,7 +31,7 @@ class ForwardClock:
         """Seconds since the last call; the passes must be over, as they are once their losses were read."""
         passes, self._passes = self._passes, []
         if self._is_cuda:
-            return sum(begin.elapsed_time(end) for begin, end in passes) / 1000
+            return float(sum(begin.elapsed_time(end) for begin, end in passes)) / 1000
         return float(sum(end - begin for begin, end in passes))
 
     def __enter__(self) -> Self:

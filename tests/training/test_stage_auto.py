@@ -1,0 +1,80 @@
+"""`train.zero_stage: auto`: the lowest stage that fits, with the reason; the run's own record keeps `auto`."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from mim_scale.config import PretrainConfig
+from mim_scale.errors import ConfigError
+from mim_scale.methods.cost import USABLE, cost_of
+from mim_scale.training import memory
+from mim_scale.training import rank_memory as rank_memory_module
+from mim_scale.training.memory import choose_stage, resolve_stage, with_stage
+from mim_scale.training.rank_memory import rank_memory
+from mim_scale.training.ranks import Ranks
+from tests.models.small import changed, small_config
+
+WORLD = 8
+ALONE = Ranks(0, 1, 0, torch.device("cpu"))
+
+
+@pytest.fixture(autouse=True)
+def _small_models_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stage 3 keeps some weights whole, more than this model has: as if it did not."""
+    monkeypatch.setattr(rank_memory_module, "LIVE", 0)
+
+
+def auto(**train: object) -> PretrainConfig:
+    sections = {"engine": "deepspeed", "zero_stage": "auto", "batch": WORLD, "micro_batch": 1, "precision": "fp32"}
+    # Wide, so that weights count beside activations.
+    wide = {"widths": [12, 384], "depth": 6, "heads": 3}
+    return changed(small_config(), model=wide, train=sections | {"activation_checkpointing": "none"} | train)
+
+
+def needed(config: PretrainConfig, stage: int) -> float:
+    policy = config.train.activation_checkpointing
+    assert policy != "auto"
+    return rank_memory(cost_of(config, policy), with_stage(config, stage), WORLD, WORLD, True).needed(True)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_lowest_that_fits(stage: int) -> None:
+    config = auto()
+    sizes = {one: needed(config, one) for one in (1, 2, 3)}
+    assert sizes[1] > sizes[2] > sizes[3]
+    found, why = choose_stage(config, "none", int(sizes[stage] / USABLE) + 1, WORLD, WORLD, True)
+    assert found == stage
+    assert why.startswith(f"ZeRO stage auto: {stage} fits (GiB: 1 ")
+    assert "\n" not in why
+
+
+def test_where_none_fits_it_says_so() -> None:
+    found, why = choose_stage(auto(), "none", 1000, WORLD, WORLD, True)
+    assert found == 3
+    assert "3 is the least there is" in why
+
+
+def test_only_auto_is_resolved(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, why = resolve_stage(auto(), ALONE)
+    assert (config.train.zero_stage, config.train.stage) == (1, 1)
+    assert why
+    assert resolve_stage(config, ALONE) == (config, "")
+    plain = auto(engine="plain")
+    assert resolve_stage(plain, ALONE) == (plain, "")
+    assert plain.train.stage == 0
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    assert resolve_stage(auto(), ALONE)[0].train.zero_stage == 3
+
+
+def test_what_stage_3_rules_out_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    with pytest.raises(ConfigError, match="compile does not go with zero_stage 3") as caught:
+        resolve_stage(auto(compile=True), ALONE)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_run_may_go_on_with_it(tmp_path: Path) -> None:
+    from mim_scale.training.run_folder import refuse_other_run
+
+    refuse_other_run(with_stage(auto(), 1), auto(), str(tmp_path))
