@@ -1,5 +1,6 @@
 """What a check of `mim-scale doctor` says. A check that raises, or does not end, has found something too."""
 
+import re
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,12 @@ LIMIT_S = 30.0
 """How long a check may take: a dead file server or driver answers never."""
 GIB = 2**30
 INSTALL = "install the project again: pip install -c constraints.txt -e ."
+
+
+_TO_DO = re.compile(
+    r"(.+)(?:; |: (?=(?:check|choose|give|have|leave|look|lower|make|raise|set|start|take|use|write)\b))(.+)", re.DOTALL
+)
+"""Our messages say what is wrong, then what to do."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +68,8 @@ def failure(name: str, error: Exception) -> Finding:
         return Finding("error", name, f"{error.name} cannot be imported: {short(error)}", INSTALL)
     known = host_error(error) if isinstance(error, OSError) else error
     if isinstance(known, MimScaleError):
-        told, _, remedy = str(known).rpartition("; ")
-        return Finding("error", name, told or remedy, remedy if told else "mend what the line names")
+        parts = _TO_DO.fullmatch(str(known))
+        return Finding("error", name, *(parts.groups() if parts else (str(known), "mend what the line names")))
     text = f"the check itself failed: {type(error).__name__}: {short(error)}"
     return Finding("warning", name, text, "please report it, with this line")
 

@@ -89,6 +89,10 @@ def memory(config: PretrainConfig, facts: Facts, world: int, ranks_here: int) ->
     words = facts.parameters * WORD
     # Activations take a trace of seconds: `mim-scale estimate` has them.
     cost = Cost(facts.parameters, 0, 0, 0, gradient_bytes=words, state_bytes=3 * words, batch_bytes=0, tensors=0)
+    if config.train.zero_stage == "auto":
+        # It goes as high as it must: what does not fit there does not fit.
+        highest = config.train.model_copy(update={"zero_stage": 2 if config.train.compile else 3})
+        config = config.model_copy(update={"train": highest})
     held = rank_memory(cost, config, world, world, is_on_host=not on_gpu)
     if on_gpu:
         infos = [torch.cuda.mem_get_info(number) for number in range(torch.cuda.device_count())]

@@ -147,10 +147,22 @@ def test_memory_for_weights_and_saves(parameters: int, level: str) -> None:
     assert levels(found) == [level]
 
 
+def test_memory_at_a_stage_that_is_chosen_by_it() -> None:
+    """`auto` shares out as much as it must: it is judged by the least that it can come to."""
+
+    def held(stage: int | str) -> str:
+        settings = small_config(engine="deepspeed", zero_stage=stage)
+        found = doctor_run.memory(settings, doctor_run.Facts(parameters=10**9), 8, 1)
+        return next(one.found for one in found if one.check == "room in memory")
+
+    assert held("auto").split(";")[0] == held(3).split(";")[0] != held(1).split(";")[0]
+
+
 def test_a_batch_that_ranks_do_not_divide() -> None:
     found = run_check("batch", lambda: doctor_run.batch(small_config(batch=4, micro_batch=1), 3))
     assert levels(found) == ["error"]
-    assert "not a multiple of 3 ranks" in found[0].found + found[0].remedy
+    assert "not a multiple of 3 ranks" in found[0].found
+    assert found[0].remedy.startswith("take a batch")
 
 
 def test_a_run_folder_of_another_dataset_and_one_with_a_run_in_it(
