@@ -40,12 +40,12 @@ def measure(config: PretrainConfig, policy: Checkpointing) -> Measured:
     """One micro-batch of noise through the network, on a GPU where there is one."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     batch = noise_batch(config, device)
-    before = _reset_peak(device)
+    before = reset_peak(device)
     method = build_method(config, policy).to(device)
     precision = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.train.precision == "bf16")
     with precision:
         method(batch).total.backward()
-    _reset_peak(device)
+    reset_peak(device)
     start = time.perf_counter()
     with precision:
         method(batch).total.backward()
@@ -68,7 +68,7 @@ def as_values(costs: dict[Checkpointing, Cost], measured: dict[Checkpointing, Me
     }
 
 
-def _reset_peak(device: torch.device) -> int:
+def reset_peak(device: torch.device) -> int:
     """Forget the highest use so far, give freed memory back; bytes in use now."""
     gc.collect()
     if device.type == "cuda":

@@ -70,7 +70,9 @@ def add_estimate(verbs: Any) -> None:
         "--beside", type=Path, action="append", default=[], metavar="RUN", help="a run to compare with; repeatable"
     )
     verb.add_argument("--fit", action="store_true", help="propose micro-batch, policy and ZeRO stage for a memory")
-    verb.add_argument("--memory", type=float, metavar="GIB", help="of a rank's device (default: what is free here)")
+    verb.add_argument(
+        "--memory", type=float, metavar="GIB", help="of a rank, for --fit and auto (default: what is free here)"
+    )
     verb.add_argument("--json", action="store_true", help="for scripts")
     verb.set_defaults(verb=_estimate)
 
@@ -113,8 +115,6 @@ def _refuse_odd(options: argparse.Namespace) -> None:
         raise ConfigError("--world and --nodes say the same twice: give one, with --ranks-per-node")
     if options.beside and options.run_steps is None and options.source is None:
         raise ConfigError("--beside compares runs with a prediction, which needs a pace: give --run-steps or --from")
-    if options.memory is not None and not options.fit:
-        raise ConfigError("--memory is what --fit fits to: give both")
 
 
 def _policies(config: Any, options: argparse.Namespace, values: dict[str, Any]) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,9 +17,9 @@ from mim_scale.training import calibrate, link, projection
 from mim_scale.training.calibrate import Calibration, RunTimes
 from mim_scale.training.estimate_commands import GIB, LATENCY_US
 from mim_scale.training.link import Links, usable_cores
-from mim_scale.training.memory import free_bytes
+from mim_scale.training.memory import choose_stage, free_bytes, with_stage
 from mim_scale.training.progress import duration
-from mim_scale.training.rank_memory import RankMemory
+from mim_scale.training.rank_memory import RankMemory, rank_memory
 from mim_scale.training.scaling import Cluster, Failures, Link, Pace, StepTime, Work, step_time
 
 
@@ -46,10 +47,14 @@ def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: di
     say: Callable[[str], None] = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
     corpus = projection.find_corpus(config, options.volumes, options.plan)
     config = projection.steps_of(config, corpus, options.epochs)
-    asked = _asked(config, options)
+    asked = _asked(config, options, say)
+    config = asked.config
     asked.work(asked.cluster.ranks)
     row_bytes, found = None, None
     if options.run_steps is not None:
+        busy = os.getloadavg()[0]
+        if busy > usable_cores() / 2:
+            say(f"beware: others keep this machine busy (load {busy:.1f} on {usable_cores()} cores): it looks slower")
         found = calibrate.measure_pace(config, options.run_steps, _copies(asked.cluster))
     elif options.source is not None and options.source.is_dir():
         run = calibrate.read_run(options.source)
@@ -69,7 +74,7 @@ def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: di
         _tell_beside(asked, found.pace, options.beside, values, say)
 
 
-def _asked(config: PretrainConfig, options: argparse.Namespace) -> _Asked:
+def _asked(config: PretrainConfig, options: argparse.Namespace, say: Callable[[str], None]) -> _Asked:
     links = link.read_links(options.link) if options.link is not None else None
     known = links.within.members if links is not None and links.within is not None else None
     per_node = options.ranks_per_node or known or (options.world if options.nodes is None else None) or 1
@@ -95,12 +100,30 @@ def _asked(config: PretrainConfig, options: argparse.Namespace) -> _Asked:
             f"{cluster.nodes} nodes exchange over a link that is not known: give a --link measured on several, or "
             "--network GBIT"
         )
-    policy = config.train.activation_checkpointing
-    if policy == "auto":
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        policy, _ = choose_policy(config, free_bytes(device))
+    config, policy = _chosen(config, cluster, options, say)
     cost = cost_of(config, policy)
     return _Asked(config, policy, cost, cluster, links, Failures(options.mtbf * 3600, options.restart))
+
+
+def _chosen(
+    config: PretrainConfig, cluster: Cluster, options: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[PretrainConfig, Checkpointing]:
+    """Stage and policy, what is `auto` chosen as a run on this cluster would choose it."""
+    train = config.train
+    is_on_host = not torch.cuda.is_available()
+    beside, device = (cluster.on_a_node, "cpu") if is_on_host else (1, "cuda")
+    room = int(options.memory * GIB) if options.memory is not None else free_bytes(torch.device(device)) // beside
+    policy, world = train.activation_checkpointing, cluster.ranks
+    if train.engine == "deepspeed" and train.zero_stage == "auto":
+        stage, why = choose_stage(config, policy, room, world, world, is_on_host)
+        say(why)
+        config = with_stage(config, stage)
+    if policy == "auto":
+        policy, why = choose_policy(
+            config, room, lambda cost: rank_memory(cost, config, world, world, is_on_host).needed(is_on_host)
+        )
+        say(why)
+    return config, policy
 
 
 def _between(links: Links | None, options: argparse.Namespace) -> Link | None:
@@ -233,10 +256,10 @@ def _told_memory(asked: _Asked, memory: RankMemory, is_on_host: bool) -> str:
     train = asked.config.train
     stage = f"ZeRO-{train.stage}" if train.engine == "deepspeed" else "plain engine"
     names = ("activations", "weights", "optimizer", "gradients", "buffers")
-    parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.2f}" for name in names)
-    line = f"memory: a rank {memory.needed(is_on_host) / GIB:.2f} GiB ({stage}, checkpointing {asked.policy}): {parts}"
-    line += f"{', ' if is_on_host else '; on the host '}copy of a save {memory.host_copy / GIB:.2f}"
-    return line + (f", offloaded {memory.host_optimizer / GIB:.2f}" if memory.host_optimizer else "")
+    parts = ", ".join(f"{name} {getattr(memory, name) / GIB:.3f}" for name in names)
+    line = f"memory: a rank {memory.needed(is_on_host) / GIB:.3f} GiB ({stage}, checkpointing {asked.policy}): {parts}"
+    line += f"{', ' if is_on_host else '; on the host '}copy of a save {memory.host_copy / GIB:.3f}"
+    return line + (f", offloaded {memory.host_optimizer / GIB:.3f}" if memory.host_optimizer else "")
 
 
 def _tell_scaling(asked: _Asked, pace: Pace, values: dict[str, Any], say: Callable[[str], None]) -> None:
@@ -256,7 +279,7 @@ def _tell_scaling(asked: _Asked, pace: Pace, values: dict[str, Any], say: Callab
             f"{row.efficiency:.1%}",
             f"{row.exchange:.1%}",
             f"{row.slowest:.1%}",
-            f"{row.hours:,.2f}",
+            f"{row.hours:,.3f}" if row.hours < 1 else f"{row.hours:,.1f}",
             "-" if row.fixed_batch_s is None else f"{row.fixed_batch_s:.4f}",
         )
         say("".join(f"{cell:>11}" for cell in cells))

@@ -78,7 +78,7 @@ def _candidates(config: PretrainConfig) -> Iterator[tuple[int | None, Stage, Che
         for some in (low, high):
             for policy in FEWEST_FIRST:
                 # The config's own stage first: among those below 3, time hardly differs.
-                own = config.train.zero_stage
+                own = config.train.stage
                 for stage in sorted(some, key=lambda one: (one != own, one)):
                     yield views, stage, policy
 

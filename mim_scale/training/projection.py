@@ -28,9 +28,9 @@ from mim_scale.training.timed_steps import has_data
 
 MOST_RANKS = 512
 """Of the table of weak scaling."""
-ROW_BYTES = 640
+ROW_BYTES = 510
 """Of a step in the journal, about; a run's own are taken where they are known."""
-TRACKED_BYTES = 4600
+TRACKED_BYTES = 4000
 """Of a step in MLflow's database, about."""
 
 

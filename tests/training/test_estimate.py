@@ -12,8 +12,9 @@ from mim_scale.cli import run
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import dump_config, load_config
 from mim_scale.errors import ConfigError, MimScaleError
+from mim_scale.methods import cost
 from mim_scale.methods.cost import FEWEST_FIRST, Cost
-from mim_scale.training import calibrate, estimate_run, fit, timed_steps
+from mim_scale.training import calibrate, estimate_run, fit, memory, timed_steps
 from mim_scale.training.journal import Journal
 from mim_scale.training.run_folder import CONFIG, JOURNAL
 from mim_scale.training.scaling import Link, ring_s
@@ -167,6 +168,23 @@ def test_steps_disk_and_memory_need_no_pace(tmp_path: Path, capsys: pytest.Captu
     assert "step" not in found["run"]
 
 
+def test_auto_is_chosen_for_the_memory_that_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "cost_of", lambda config, policy: COST)
+    monkeypatch.setattr(cost, "cost_of", lambda config, policy: COST)
+    config = tmp_path / "config.yaml"
+    config.write_text(dump_config(small_config(batch=64, activation_checkpointing="auto", zero_stage="auto")))
+    assert run(["estimate", "--config", str(config), "--world", "4", "--memory", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "ZeRO stage auto: 1 fits" in shown
+    assert "activation checkpointing auto: none fits" in shown
+    assert run(["estimate", "--config", str(config), "--world", "4", "--memory", "0.5"]) == 0
+    shown = capsys.readouterr().out
+    assert "ZeRO stage auto: 3 is the least there is" in shown
+    assert "(ZeRO-3, checkpointing all)" in shown
+
+
 @pytest.mark.parametrize(
     ("words", "told"),
     [
@@ -188,7 +206,6 @@ def test_steps_disk_and_memory_need_no_pace(tmp_path: Path, capsys: pytest.Captu
         (["--run-steps", "2"], "expected 5 or more"),
         (["--mtbf", "0"], "expected more than 0"),
         (["--beside", "RUN"], "needs a pace"),
-        (["--memory", "3"], "give both"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], told: str, tmp_path: Path) -> None:
