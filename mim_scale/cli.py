@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -67,6 +68,8 @@ def _parser() -> argparse.ArgumentParser:
     export = verbs.add_parser("export", help="write a run's encoder as safetensors + config.json")
     export.add_argument("run", type=Path, help="a run folder (its newest checkpoint is taken) or one checkpoint folder")
     export.add_argument("folder", type=Path, help="where to write; must not exist yet, or be an export")
+    export.add_argument("--register", metavar="MODEL", help="also make it a version of this model in the run's MLflow")
+    export.add_argument("--alias", help="let this alias of the model mean that version, for example candidate")
     export.set_defaults(verb=_export)
     return parser
 
@@ -277,9 +280,17 @@ def _verify(options: argparse.Namespace) -> int:
 
 
 def _export(options: argparse.Namespace) -> int:
-    from mim_scale.transfer.export import export
+    from mim_scale.transfer.export import export, register_export
 
-    print(export(options.run, options.folder))
+    if options.alias and not options.register:
+        raise ConfigError("--alias belongs to a model: name one with --register")
+    for name in filter(None, (options.register, options.alias)):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
+            raise ConfigError(f"{name!r} is no name for a model or an alias: take letters, digits, and . _ -")
+    report = export(options.run, options.folder)
+    print(report)
+    if options.register:
+        print(register_export(report, options.register, options.alias))
     return 0
 
 

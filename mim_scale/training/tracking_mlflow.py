@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mim_scale.commit import TEMPORARY, sha256_file, sync_folder, temporary_beside, write_file
-from mim_scale.training.run_folder import CHECKPOINTS, CONFIG, PICTURES, SYSTEM
+from mim_scale.errors import ConfigError
+from mim_scale.training.run_folder import CHECKPOINTS, CONFIG, JOURNAL, PICTURES, SYSTEM
 from mim_scale.training.tracking import Status, Tail, metrics_of
 
 if TYPE_CHECKING:
@@ -173,7 +174,19 @@ class MlflowTracker:
             raise ConnectionError("not connected")
         return self._client
 
+    @property
+    def uri(self) -> str:
+        """Where MLflow is."""
+        return self._uri
+
     def _connect(self) -> None:
+        client = self.new_client()
+        self._run_id = self._find_or_make_run(client)
+        self._tails, self._seen = {}, {}
+        self._client = client
+
+    def new_client(self) -> "MlflowClient":
+        """A client of the tracking server, or of the run's own database, which is made where it is missing."""
         for name, value in QUIET.items():
             os.environ.setdefault(name, value)
         logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -183,10 +196,7 @@ class MlflowTracker:
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
         if self._database is not None and not self._database.exists():
             _make_database(self._database)
-        client = MlflowClient(tracking_uri=self._uri)
-        self._run_id = self._find_or_make_run(client)
-        self._tails, self._seen = {}, {}
-        self._client = client
+        return MlflowClient(tracking_uri=self._uri)
 
     def _find_or_make_run(self, client: "MlflowClient") -> str:
         """The run of this folder; its key is on disk before MLflow is asked, so no kill makes a second run."""
@@ -278,6 +288,48 @@ class MlflowTracker:
             points = self._sender.get_metric_history(self._run_id, mark)
             self._seen[mark] = max((point.step for point in points), default=-1)
         return self._seen[mark]
+
+
+def register(run: Path, uri: str, export: Path, model: str, alias: str | None, facts: dict[str, str]) -> str:
+    """Upload an export to its run in MLflow, and make it a version of a registered model.
+
+    Args:
+        run: The run folder.
+        uri: As the run's `tracking.mlflow`.
+        export: The folder that was exported.
+        model: The registered model's name; made where there is none.
+        alias: Moved to this version; None for none.
+        facts: Tags of the version: step, hash and the like.
+
+    Returns:
+        The version's address, `models:/NAME/3`.
+
+    Raises:
+        ConfigError: the run is not known to MLflow, or MLflow does not take the export.
+    """
+    known = json.loads((run / RUN_FILE).read_bytes()) if (run / RUN_FILE).is_file() else {}
+    if not known.get("run_id"):
+        raise ConfigError(
+            f"{run}: MLflow does not know this run yet; start it again, also if it is done: it sends what is missing"
+        )
+    tracker = MlflowTracker(uri, "", run, run / JOURNAL)
+    try:
+        client = tracker.new_client()
+        where = f"exports/{export.name}-step-{facts['step']}"
+        client.log_artifacts(known["run_id"], str(export), where)
+        source = f"{client.get_run(known['run_id']).info.artifact_uri}/{where}"
+        if not client.search_registered_models(f"name = '{model}'"):
+            client.create_registered_model(model)
+        version = client.create_model_version(model, source, run_id=known["run_id"], tags=facts).version
+        if alias is not None:
+            client.set_registered_model_alias(model, alias, version)
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(
+            f"MLflow at {tracker.uri} does not register {export} ({reason}); the export stands: mend that, then start "
+            "the same command again"
+        ) from None
+    return f"models:/{model}/{version}"
 
 
 def _changed(path: Path) -> int:

@@ -18,11 +18,12 @@ from torch import Tensor
 from mim_scale.commit import publish_folder, sha256_file, sha256_values, temporary_beside, write_file
 from mim_scale.config import PretrainConfig, Section, Size3
 from mim_scale.config.models import ModelConfig
-from mim_scale.config_file import check_config, config_values
+from mim_scale.config_file import check_config, config_values, load_config
 from mim_scale.errors import CheckpointError, ConfigError
 from mim_scale.models.build import build_encoder
 from mim_scale.models.encoder import Encoder
-from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint, read_record
+from mim_scale.training.run_folder import CONFIG
 
 FORMAT_VERSION = 1
 WEIGHTS = "model.safetensors"
@@ -86,6 +87,28 @@ def export(run_or_checkpoint: Path, folder: Path) -> ExportReport:
     return ExportReport(
         folder, checkpoint.path, checkpoint.step, len(weights), parameters, (folder / WEIGHTS).stat().st_size, replaced
     )
+
+
+def register_export(report: ExportReport, model: str, alias: str | None) -> str:
+    """Make an export a version of a registered model in the MLflow that its run is tracked by; says where it is.
+
+    Raises:
+        ConfigError: the run is tracked by none, or MLflow does not take it; the export stands.
+    """
+    from mim_scale.training.tracking_mlflow import register
+
+    run = report.checkpoint.parent.parent
+    checkpoint = read_record(report.checkpoint)
+    tracking = _config_of(checkpoint).tracking
+    if (run / CONFIG).is_file():
+        # Where MLflow is may have changed since the checkpoint was written.
+        tracking = load_config(PretrainConfig, run / CONFIG).tracking
+    if tracking.mlflow is None:
+        raise ConfigError(f"{run}: tracking.mlflow is null, so there is no MLflow to register {report.folder} in")
+    facts = {name: str(checkpoint.record.get(name)) for name in ("step", "fingerprint", "config_digest")}
+    facts["sha256"] = _read_record(report.folder)["files"][WEIGHTS]
+    address = register(run, tracking.mlflow, report.folder, model, alias, facts)
+    return f"{address}{f', alias {alias}' if alias else ''}: {report.folder.name} of step {report.step}"
 
 
 def load_encoder(path: str | Path) -> Encoder:

@@ -7,10 +7,16 @@ from typing import Any
 
 import pytest
 
+from mim_scale import cli
+from mim_scale.commit import sha256_file
+from mim_scale.config_file import dump_config
+from mim_scale.errors import ConfigError
 from mim_scale.training import tracking_mlflow
 from mim_scale.training.journal import Journal
 from mim_scale.training.tracking_mlflow import MlflowTracker
+from tests.models.small import changed, small_config
 from tests.training.mlflow_server import Server, copy_database, proxy
+from tests.transfer.test_export import make_run
 
 PATIENCE_S = 120
 DIRECT_CALL_S = 0.005
@@ -29,6 +35,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     monkeypatch.setattr(tracking_mlflow, "POLL_S", 0.05)
     monkeypatch.setattr(tracking_mlflow, "LONGEST_WAIT_S", 0.5)
 
@@ -146,6 +153,46 @@ def test_trouble_costs_the_training_thread_nothing(
         assert run.close()
     assert len(runs(server, folder)) == 1
     assert steps_of(server, folder) == list(range(1, 201))
+
+
+def test_an_export_becomes_a_version_of_a_model(
+    server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mlflow import MlflowClient
+
+    folder, export, client = make_run(tmp_path / "exporting"), tmp_path / "encoder", MlflowClient(server.uri)
+    command = ["export", str(folder), str(export), "--register", "ct-encoder", "--alias", "candidate"]
+
+    def track_by(uri: str | None) -> None:
+        (folder / "config.yaml").write_text(dump_config(changed(small_config(), tracking={"mlflow": uri})))
+
+    track_by(None)
+    with pytest.raises(ConfigError, match=r"tracking.mlflow is null"):
+        cli.run(command)
+    track_by(server.uri)
+    with pytest.raises(ConfigError, match="MLflow does not know this run yet; start it again"):
+        cli.run(command)
+    run = Run(folder, server.uri)
+    run.steps(1, 3)
+    assert run.close()
+    track_by(server.uri)
+    for version in ("1", "2"):
+        assert cli.run(command) == 0
+        assert f"models:/ct-encoder/{version}, alias candidate" in capsys.readouterr().out
+        found = client.get_model_version_by_alias("ct-encoder", "candidate")
+        assert found.version == version
+    (of_run,) = runs(server, folder)
+    assert (found.run_id, of_run.info.status) == (of_run.info.run_id, "FINISHED")
+    assert found.tags["sha256"] == sha256_file(export / "model.safetensors")
+    assert (found.tags["step"], found.tags["fingerprint"]) == ("4", "ab" * 32)
+    fetched = client.download_artifacts(of_run.info.run_id, "exports/encoder-step-4", str(tmp_path))
+    assert sha256_file(Path(fetched) / "model.safetensors") == found.tags["sha256"]
+    track_by("http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"127.0.0.1:9 does not register .*encoder .*the export stands") as caught:
+        cli.run(command)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(ConfigError, match="'a/b' is no name for a model"):
+        cli.run([*command[:4], "a/b"])
 
 
 @pytest.mark.soak
