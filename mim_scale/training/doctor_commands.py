@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from mim_scale.training.doctor import Report
     from mim_scale.training.doctor_finding import Finding
 
-WAIT_S = 120.0
+WAIT_S = 300.0
 """How long the other ranks may take to come."""
 
 
@@ -35,7 +35,7 @@ def add_doctor(verbs: Any) -> None:
     verb.add_argument("overrides", nargs="*", metavar="key=value")
     verb.add_argument("--ranks", type=int, metavar="N", help="start N ranks on this machine and measure between them")
     verb.add_argument(
-        "--wait", type=float, default=WAIT_S, metavar="S", help="seconds for other ranks to come (default: 120)"
+        "--wait", type=float, default=WAIT_S, metavar="S", help="seconds for other ranks to come (default: %(default)s)"
     )
     verb.add_argument("--json", action="store_true", help="for scripts")
     verb.set_defaults(verb=_doctor)

@@ -12,8 +12,8 @@ Level = Literal["ok", "note", "warning", "error"]
 
 EXIT: dict[Level, int] = {"ok": 0, "note": 0, "warning": 1, "error": 2}
 """What a finding makes of the exit code: 1 something will hurt, 2 a run cannot work."""
-LIMIT_S = 30.0
-"""How long a check may take: a dead file server or driver answers never."""
+LIMIT_S = 60.0
+"""How long a check may take: a dead file server or driver answers never, a slow one takes its time to import torch."""
 GIB = 2**30
 INSTALL = "install the project again: pip install -c constraints.txt -e ."
 
