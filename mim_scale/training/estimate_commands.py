@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +41,7 @@ def add_estimate(verbs: Any) -> None:
     cluster.add_argument("--ranks-per-node", type=int, metavar="N", help="(default: those of --link, else 1)")
     cluster.add_argument("--world", type=int, metavar="N", help="ranks in all, in place of --nodes")
     cluster.add_argument("--cores", type=int, metavar="N", help="of a node (default: those of the machine measured on)")
+    cluster.add_argument("--device", choices=("cpu", "cuda"), help="(default: that of --link, else of this machine)")
     cluster.add_argument("--link", type=Path, metavar="JSON", help="what launch/measure_link.py --out wrote")
     cluster.add_argument(
         "--network",
@@ -87,7 +87,9 @@ def _estimate(options: argparse.Namespace) -> int:
     is_of_run = any(getattr(options, name) is not None for name in asked) or bool(options.beside)
     values: dict[str, Any] = {}
     if options.fit:
-        config = _fit(config, options, values)
+        from mim_scale.training.estimate_run import fit_memory
+
+        config = fit_memory(config, options, values)
     if is_of_run:
         from mim_scale.training.estimate_run import estimate_run
 
@@ -149,28 +151,3 @@ def _policies(config: Any, options: argparse.Namespace, values: dict[str, Any]) 
     if config.checkpoint.background:
         copy = first.state_bytes / GIB
         print(f"besides, in host memory, for saves in the background: {copy:.2f} GiB, shared by the ranks that write")
-
-
-def _fit(config: Any, options: argparse.Namespace, values: dict[str, Any]) -> Any:
-    """The config with what is proposed."""
-    import torch
-
-    from mim_scale.training.fit import propose
-    from mim_scale.training.memory import free_bytes
-
-    is_on_host = not torch.cuda.is_available()
-    world = options.world or (options.nodes or 1) * (options.ranks_per_node or 1)
-    beside = min(world, options.ranks_per_node or world) if is_on_host else 1
-    device = torch.device("cpu" if is_on_host else "cuda")
-    room = options.memory * GIB if options.memory is not None else free_bytes(device) / beside
-    found = propose(config, world, room, is_on_host)
-    values["fit"] = {
-        "overrides": found.overrides,
-        "reason": found.reason,
-        "memory": asdict(found.memory) | {"device": found.memory.device, "host": found.memory.host},
-    }
-    if not options.json:
-        what = " ".join(found.overrides) or "the config's own settings"
-        print(f"fits {world} rank{'s' * (world > 1)}: {what}")
-        print(f"because: {found.reason}")
-    return found.config

@@ -16,6 +16,7 @@ from mim_scale.methods.cost import Cost, choose_policy, cost_of
 from mim_scale.training import calibrate, link, projection
 from mim_scale.training.calibrate import Calibration, RunTimes
 from mim_scale.training.estimate_commands import GIB, LATENCY_US
+from mim_scale.training.fit import propose
 from mim_scale.training.link import Links, usable_cores
 from mim_scale.training.memory import choose_stage, free_bytes, with_stage
 from mim_scale.training.progress import duration
@@ -31,11 +32,34 @@ class _Asked:
     policy: Checkpointing
     cost: Cost
     cluster: Cluster
-    links: Links | None
+    device: str
+    """cpu or cuda."""
     failures: Failures
 
     def work(self, world: int, share: int | None = None) -> Work:
         return projection.work_of(self.config, self.cost, self.policy, world, share)
+
+
+def fit_memory(config: PretrainConfig, options: argparse.Namespace, values: dict[str, Any]) -> PretrainConfig:
+    """The config with settings that fit; prints them, or puts them into `values` for scripts.
+
+    Raises:
+        ConfigError: nothing fits.
+    """
+    cluster, device = _cluster(options, _links(options)), _device(options)
+    found = propose(config, cluster.ranks, _room(options, cluster, device), is_on_host=device == "cpu")
+    memory = found.memory
+    values["fit"] = {
+        "overrides": found.overrides,
+        "reason": found.reason,
+        "memory": asdict(memory) | {"device": memory.device, "host": memory.host},
+    }
+    if not options.json:
+        ranks = f"{cluster.ranks} rank{'s' * (cluster.ranks > 1)}"
+        print(
+            f"fits {ranks}: {' '.join(found.overrides) or 'the config as it is'}\nbecause: {found.reason}", flush=True
+        )
+    return found.config
 
 
 def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: dict[str, Any]) -> None:
@@ -64,6 +88,8 @@ def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: di
     if found is not None:
         values["calibration"] = calibrate.as_values(found)
         say(_told_pace(found))
+        if found.device != asked.device:
+            say(f"beware: that was on {found.device}, and the cluster's ranks are taken to compute on {asked.device}")
         asked = replace(asked, cluster=replace(asked.cluster, cores=options.cores or found.cores))
         if found.policy != asked.policy:
             say(f"beware: that was with checkpointing {found.policy}, the config has {asked.policy}")
@@ -75,20 +101,8 @@ def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: di
 
 
 def _asked(config: PretrainConfig, options: argparse.Namespace, say: Callable[[str], None]) -> _Asked:
-    links = link.read_links(options.link) if options.link is not None else None
-    known = links.within.members if links is not None and links.within is not None else None
-    per_node = options.ranks_per_node or known or (options.world if options.nodes is None else None) or 1
-    world = options.world or (options.nodes or 1) * per_node
-    per_node = min(per_node, world) if options.ranks_per_node is None else per_node
-    if world > per_node and world % per_node:
-        raise ConfigError(f"--world {world} is not a multiple of {per_node} ranks on a node: fill the nodes")
-    cluster = Cluster(
-        world,
-        per_node,
-        options.cores or (links.cores if links is not None else usable_cores()),
-        links.within.link if links is not None and links.within is not None else None,
-        _between(links, options),
-    )
+    links = _links(options)
+    cluster = _cluster(options, links)
     has_pace = options.run_steps is not None or options.source is not None
     if has_pace and cluster.on_a_node > 1 and cluster.within is None:
         raise ConfigError(
@@ -100,20 +114,60 @@ def _asked(config: PretrainConfig, options: argparse.Namespace, say: Callable[[s
             f"{cluster.nodes} nodes exchange over a link that is not known: give a --link measured on several, or "
             "--network GBIT"
         )
-    config, policy = _chosen(config, cluster, options, say)
+    device = _device(options)
+    config, policy = _chosen(config, cluster, device, options, say)
     cost = cost_of(config, policy)
-    return _Asked(config, policy, cost, cluster, links, Failures(options.mtbf * 3600, options.restart))
+    return _Asked(config, policy, cost, cluster, device, Failures(options.mtbf * 3600, options.restart))
+
+
+def _links(options: argparse.Namespace) -> Links | None:
+    return link.read_links(options.link) if options.link is not None else None
+
+
+def _cluster(options: argparse.Namespace, links: Links | None) -> Cluster:
+    known = links.within.members if links is not None and links.within is not None else None
+    per_node = options.ranks_per_node or known or (options.world if options.nodes is None else None) or 1
+    world = options.world or (options.nodes or 1) * per_node
+    per_node = min(per_node, world) if options.ranks_per_node is None else per_node
+    if world > per_node and world % per_node:
+        raise ConfigError(f"--world {world} is not a multiple of {per_node} ranks on a node: fill the nodes")
+    return Cluster(
+        world,
+        per_node,
+        options.cores or (links.cores if links is not None else usable_cores()),
+        links.within.link if links is not None and links.within is not None else None,
+        _between(links, options),
+    )
+
+
+def _device(options: argparse.Namespace) -> str:
+    """What ranks compute on: cpu or cuda."""
+    if options.device is not None:
+        return str(options.device)
+    links = _links(options)
+    if links is not None:
+        return links.device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _room(options: argparse.Namespace, cluster: Cluster, device: str) -> int:
+    """Bytes that a rank may use: as told, or what is free here."""
+    if options.memory is not None:
+        return int(options.memory * GIB)
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("this machine has no GPU whose memory could be looked at: give --memory GIB")
+    return free_bytes(torch.device(device)) // (cluster.on_a_node if device == "cpu" else 1)
 
 
 def _chosen(
-    config: PretrainConfig, cluster: Cluster, options: argparse.Namespace, say: Callable[[str], None]
+    config: PretrainConfig, cluster: Cluster, device: str, options: argparse.Namespace, say: Callable[[str], None]
 ) -> tuple[PretrainConfig, Checkpointing]:
     """Stage and policy, what is `auto` chosen as a run on this cluster would choose it."""
     train = config.train
-    is_on_host = not torch.cuda.is_available()
-    beside, device = (cluster.on_a_node, "cpu") if is_on_host else (1, "cuda")
-    room = int(options.memory * GIB) if options.memory is not None else free_bytes(torch.device(device)) // beside
-    policy, world = train.activation_checkpointing, cluster.ranks
+    policy, world, is_on_host = train.activation_checkpointing, cluster.ranks, device == "cpu"
+    if "auto" not in (policy, train.zero_stage):
+        return config, policy
+    room = _room(options, cluster, device)
     if train.engine == "deepspeed" and train.zero_stage == "auto":
         stage, why = choose_stage(config, policy, room, world, world, is_on_host)
         say(why)
@@ -148,7 +202,7 @@ def _copies(cluster: Cluster) -> int:
 
 
 def _pace_of(run: RunTimes, asked: _Asked, options: argparse.Namespace) -> Calibration:
-    is_on_cores = not torch.cuda.is_available() if asked.links is None else asked.links.device == "cpu"
+    is_on_cores = asked.device == "cpu"
     cores = options.cores or asked.cluster.cores
     exchange_s = 0.0
     if run.world > 1:
@@ -203,7 +257,7 @@ def _tell_run(
 ) -> None:
     config, cluster, cost = asked.config, asked.cluster, asked.cost
     train, world = config.train, cluster.ranks
-    is_on_host = pace.is_on_cores if pace is not None else not torch.cuda.is_available()
+    is_on_host = asked.device == "cpu"
     disk = projection.disk_of(config, cost, corpus, row_bytes)
     memory = projection.memory_of(config, cost, world, is_on_host)
     work = asked.work(world)
@@ -235,7 +289,7 @@ def _told_time(asked: _Asked, step: StepTime, work: Work, seconds: float) -> str
     each = f"one failure a node in {failures.mean_between_s / 3600:,.0f} h, {failures.restart_s:.0f} s to restart"
     if math.isinf(seconds):
         return f"time: it never ends: with {each}, more is lost than made: lower checkpoint.every"
-    unit = "GPU-hours" if asked.links is not None and asked.links.device == "cuda" else "rank-hours"
+    unit = "GPU-hours" if asked.device == "cuda" else "rank-hours"
     best = projection.best_every(step, work, cluster, failures) if step.saves else asked.config.checkpoint.every
     return (
         f"time: {duration(seconds)} ({seconds / 3600:,.2f} h), {seconds / 3600 * cluster.ranks:,.1f} {unit}; failures "

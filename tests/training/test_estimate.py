@@ -206,6 +206,7 @@ def test_auto_is_chosen_for_the_memory_that_is_told(
         (["--run-steps", "2"], "expected 5 or more"),
         (["--mtbf", "0"], "expected more than 0"),
         (["--beside", "RUN"], "needs a pace"),
+        (["--fit", "--device", "cuda"], "give --memory GIB"),
     ],
 )
 def test_a_mistake_is_one_line(words: list[str], told: str, tmp_path: Path) -> None:

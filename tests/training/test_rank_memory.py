@@ -41,6 +41,11 @@ def test_higher_stages_divide_more() -> None:
     assert memory_of(8, zero_stage=3).weights == 500
 
 
+def test_a_buffer_that_is_reserved_whole_counts_on_a_gpu() -> None:
+    assert memory_of(8, zero_stage=1, is_on_host=False).buffers == 2e9
+    assert memory_of(8, zero_stage=1, is_on_host=True).buffers == 4000
+
+
 def test_offloaded_moments_are_in_the_hosts_memory() -> None:
     kept, offloaded = memory_of(8, zero_stage=1), memory_of(8, zero_stage=1, offload_optimizer=True)
     assert offloaded.device == kept.device - kept.optimizer
