@@ -116,59 +116,61 @@ def _pretrain(config: PretrainConfig, ranks: Ranks, stop: StopRequest, watchdog:
         needed = range(start.step * train.batch, train.steps * train.batch)
         num_held = config.held_out.samples if held_rows else 0
         ranks.together(lambda: refuse_short_pack(config, dataset, needed, num_held))
-        # 4. Model and engine, and the state of the newest checkpoint.
+        # 4. Train.
         with ExitStack() as resources:
-            writers = find_writers(ranks, records.checkpoints.path)
-            config, why_stage = resolve_stage(config, ranks, len(writers))
-            policy, why = resolve_checkpointing(config, ranks, len(writers))
-            module = build_method(config, policy)
-            progress = Progress(start.step, train.steps, train.batch, is_shown=ranks.rank == 0)
-            resources.callback(progress.close)
-            progress.say(_opening(config, ranks, start.step, module, len(rows), len(held_rows)))
-            progress.say(told_share_inside(rows, config.plan.box))
-            for line in filter(None, (why_stage, why)):
-                progress.say(line)
-            if train.compile:
-                progress.say(ranks.together(lambda: compile_blocks(module.to(ranks.device), config)))
-            if len(writers) < ranks.world:
-                progress.say(
-                    f"{len(writers)} of {ranks.world} ranks see {records.checkpoints.path} and write checkpoints; the "
-                    "others get theirs from rank 0"
-                )
-            state = ranks.together(lambda: _load(start, module, is_seen=ranks.rank in writers))
-            if start.checkpoint is not None and len(writers) < ranks.world:
-                state = send_state(ranks, state)
-            engine = ranks.together(lambda: build_engine(module, config, ranks))
-            resources.callback(engine.close)
-            guards = ranks.broadcast(records.recall_guards(start))
-            if state is not None:
-                engine.load_state(*state, updates=guards.updates)
-                del state
-            resources.enter_context(ray_for_ranks(config.data, ranks))
-            held_out = HeldOut(config, dataset, held_rows, ranks)
-            records.begin(start.step, len(dataset.rows))
-            resources.enter_context(system_rows(config, ranks.local_rank == 0 and ranks.rank in writers))
-            saver = Saver(engine, ranks, records, progress, writers, config.checkpoint.background)
-            resources.enter_context(saver)
-            clock = resources.enter_context(ForwardClock(engine.module, ranks.device))
-            stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
-            run = _Run(
-                config,
-                ranks,
-                dataset,
-                rows,
-                engine,
-                held_out,
-                records,
-                progress,
-                stop,
-                guards,
-                watchdog,
-                saver,
-                clock,
-                stragglers,
-            )
+            run = _prepare(resources, config, ranks, stop, watchdog, dataset, (rows, held_rows), records, start)
             return _train(run, start)
+
+
+def _prepare(
+    resources: ExitStack,
+    config: PretrainConfig,
+    ranks: Ranks,
+    stop: StopRequest,
+    watchdog: Watchdog,
+    dataset: Dataset,
+    split: tuple[tuple[Row, ...], tuple[Row, ...]],
+    records: Records,
+    start: StartingPoint,
+) -> _Run:
+    """Model and engine, the state of the newest checkpoint, and what goes on beside; `resources` ends it."""
+    rows, held_rows = split
+    writers = find_writers(ranks, records.checkpoints.path)
+    config, why_stage = resolve_stage(config, ranks, len(writers))
+    policy, why = resolve_checkpointing(config, ranks, len(writers))
+    module = build_method(config, policy)
+    progress = Progress(start.step, config.train.steps, config.train.batch, is_shown=ranks.rank == 0)
+    resources.callback(progress.close)
+    progress.say(_opening(config, ranks, start.step, module, len(rows), len(held_rows)))
+    progress.say(told_share_inside(rows, config.plan.box))
+    for line in filter(None, (why_stage, why)):
+        progress.say(line)
+    if config.train.compile:
+        progress.say(ranks.together(lambda: compile_blocks(module.to(ranks.device), config)))
+    if len(writers) < ranks.world:
+        progress.say(
+            f"{len(writers)} of {ranks.world} ranks see {records.checkpoints.path} and write checkpoints; the "
+            "others get theirs from rank 0"
+        )
+    state = ranks.together(lambda: _load(start, module, is_seen=ranks.rank in writers))
+    if start.checkpoint is not None and len(writers) < ranks.world:
+        state = send_state(ranks, state)
+    engine = ranks.together(lambda: build_engine(module, config, ranks))
+    resources.callback(engine.close)
+    guards = ranks.broadcast(records.recall_guards(start))
+    if state is not None:
+        engine.load_state(*state, updates=guards.updates)
+        del state
+    resources.enter_context(ray_for_ranks(config.data, ranks))
+    held_out = HeldOut(config, dataset, held_rows, ranks)
+    records.begin(start.step, len(dataset.rows))
+    resources.enter_context(system_rows(config, ranks.local_rank == 0 and ranks.rank in writers))
+    saver = Saver(engine, ranks, records, progress, writers, config.checkpoint.background)
+    resources.enter_context(saver)
+    clock = resources.enter_context(ForwardClock(engine.module, ranks.device))
+    stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
+    parts = engine, held_out, records, progress, stop, guards, watchdog, saver, clock, stragglers
+    return _Run(config, ranks, dataset, rows, *parts)
 
 
 def _train(run: _Run, start: StartingPoint) -> int:

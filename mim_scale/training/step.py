@@ -64,19 +64,7 @@ def train_step(
     """
     engine.set_rates(learning_rate)
     clock.take()  # what was measured on held-out samples
-    wait_s, sums = 0.0, torch.zeros(0)
-    keys: list[str] = []
-    names: list[str] = []
-    for index in range(count):
-        start = time.perf_counter()
-        batch = _next_on_all(batches, ranks, watchdog)
-        wait_s += time.perf_counter() - start
-        watchdog.beat("computing")
-        losses = engine.forward_backward(to_device(batch, ranks.device), last=index == count - 1)
-        names = list(losses)
-        values = torch.stack([value.double() for value in losses.values()])
-        sums = values if index == 0 else sums + values
-        keys += batch.keys
+    names, sums, keys, wait_s = _add_up(engine, batches, count, ranks, watchdog)
     watchdog.beat(EXCHANGE)
     own = (sums.cpu() / count).tolist()
     table = ranks.gather([*own, wait_s + clock.take(), wait_s, float(stop.is_set)])
@@ -104,6 +92,26 @@ def train_step(
         volumes=volumes,
         is_stop_asked=bool(table[:, -1].any()),
     )
+
+
+def _add_up(
+    engine: Engine, batches: Iterator[Batch], count: int, ranks: Ranks, watchdog: Watchdog
+) -> tuple[list[str], torch.Tensor, list[str], float]:
+    """The gradient of `count` micro-batches; (names of losses, their sums here, keys of volumes, seconds waited)."""
+    wait_s, sums = 0.0, torch.zeros(0)
+    keys: list[str] = []
+    names: list[str] = []
+    for index in range(count):
+        start = time.perf_counter()
+        batch = _next_on_all(batches, ranks, watchdog)
+        wait_s += time.perf_counter() - start
+        watchdog.beat("computing")
+        losses = engine.forward_backward(to_device(batch, ranks.device), last=index == count - 1)
+        names = list(losses)
+        values = torch.stack([value.double() for value in losses.values()])
+        sums = values if index == 0 else sums + values
+        keys += batch.keys
+    return names, sums, keys, wait_s
 
 
 def _next_on_all(batches: Iterator[Batch], ranks: Ranks, watchdog: Watchdog) -> Batch:
