@@ -14,7 +14,7 @@ def tree() -> str:
     lines = []
     for folder in FOLDERS:
         last: Path | None = None
-        for path in sorted((ROOT / folder).rglob("*.py")):
+        for path in sorted((ROOT / folder).rglob("*.py"), key=lambda path: (path.parent, path.name)):
             if path.name == "__init__.py" and path.parent != ROOT / "mim_scale":
                 continue
             place = path.relative_to(ROOT)
