@@ -40,7 +40,7 @@ def main() -> None:
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=ENGINES, help="plain, or a ZeRO stage")
     parser.add_argument("--rank", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(PretrainConfig, options.config, options.overrides)
     if options.rank:
         print(RESULT + json.dumps(peak_of(config)), flush=True)

@@ -33,9 +33,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where rounds are kept")
     parser.add_argument("--config", type=Path, default=ROOT / "configs" / "demo.yaml")
     parser.add_argument("--steps", type=int, default=STEPS, help="of each run (default: %(default)s)")
+    parser.add_argument("--pace-steps", type=int, default=PACE_STEPS, help="of one rank (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="no new round")
     parser.add_argument("overrides", nargs="*", metavar="key=value")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     if not options.table:
         number = len(rounds_of(options.folder)) + 1
         make_round(options.folder / f"round-{number}", options)
@@ -58,7 +59,7 @@ def make_round(folder: Path, options: argparse.Namespace) -> None:
     link = folder / "link.json"
     run([*torchrun(2), "launch/measure_link.py", "--out", str(link)])
     command = [sys.executable, "-m", "mim_scale.cli", "estimate", "--config", str(options.config)]
-    command += ["--run-steps", str(PACE_STEPS), "--link", str(link), "--json", *common]
+    command += ["--run-steps", str(options.pace_steps), "--link", str(link), "--json", *common]
     # Its batch must be one that two ranks can share; what is measured is a micro-batch.
     (folder / "pace.json").write_text(run([*command, f"train.batch={2 * share}"]))
     for world in WORLDS:

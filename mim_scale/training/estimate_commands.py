@@ -86,14 +86,15 @@ def _estimate(options: argparse.Namespace) -> int:
     asked = ("run_steps", "source", "nodes", "ranks_per_node", "world", "volumes", "plan", "epochs", "link")
     is_of_run = any(getattr(options, name) is not None for name in asked) or bool(options.beside)
     values: dict[str, Any] = {}
+    cost = None
     if options.fit:
         from mim_scale.training.estimate_run import fit_memory
 
-        config = fit_memory(config, options, values)
+        config, cost = fit_memory(config, options, values)
     if is_of_run:
         from mim_scale.training.estimate_run import estimate_run
 
-        estimate_run(config, options, values)
+        estimate_run(config, options, values, cost)
     elif not options.fit or options.measure:
         _policies(config, options, values)
     if options.json:

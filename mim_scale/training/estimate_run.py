@@ -40,8 +40,10 @@ class _Asked:
         return projection.work_of(self.config, self.cost, self.policy, world, share)
 
 
-def fit_memory(config: PretrainConfig, options: argparse.Namespace, values: dict[str, Any]) -> PretrainConfig:
-    """The config with settings that fit; prints them, or puts them into `values` for scripts.
+def fit_memory(
+    config: PretrainConfig, options: argparse.Namespace, values: dict[str, Any]
+) -> tuple[PretrainConfig, Cost]:
+    """The config with settings that fit, and its cost; prints them, or puts them into `values` for scripts.
 
     Raises:
         ConfigError: nothing fits.
@@ -59,11 +61,16 @@ def fit_memory(config: PretrainConfig, options: argparse.Namespace, values: dict
         print(
             f"fits {ranks}: {' '.join(found.overrides) or 'the config as it is'}\nbecause: {found.reason}", flush=True
         )
-    return found.config
+    return found.config, found.cost
 
 
-def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: dict[str, Any]) -> None:
+def estimate_run(
+    config: PretrainConfig, options: argparse.Namespace, values: dict[str, Any], cost: Cost | None = None
+) -> None:
     """Print what the run takes, or put it into `values` for scripts.
+
+    Args:
+        cost: Of a micro-batch of the config, where it is known.
 
     Raises:
         MimScaleError: options that do not go together, files that are others, what the measuring met.
@@ -71,7 +78,7 @@ def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: di
     say: Callable[[str], None] = (lambda line: None) if options.json else (lambda line: print(line, flush=True))
     corpus = projection.find_corpus(config, options.volumes, options.plan)
     config = projection.steps_of(config, corpus, options.epochs)
-    asked = _asked(config, options, say)
+    asked = _asked(config, options, cost, say)
     config = asked.config
     asked.work(asked.cluster.ranks)
     row_bytes, found = None, None
@@ -100,7 +107,9 @@ def estimate_run(config: PretrainConfig, options: argparse.Namespace, values: di
         _tell_beside(asked, found.pace, options.beside, values, say)
 
 
-def _asked(config: PretrainConfig, options: argparse.Namespace, say: Callable[[str], None]) -> _Asked:
+def _asked(
+    config: PretrainConfig, options: argparse.Namespace, cost: Cost | None, say: Callable[[str], None]
+) -> _Asked:
     links = _links(options)
     cluster = _cluster(options, links)
     has_pace = options.run_steps is not None or options.source is not None
@@ -116,7 +125,7 @@ def _asked(config: PretrainConfig, options: argparse.Namespace, say: Callable[[s
         )
     device = _device(options)
     config, policy = _chosen(config, cluster, device, options, say)
-    cost = cost_of(config, policy)
+    cost = cost or cost_of(config, policy, is_counted=False)
     return _Asked(config, policy, cost, cluster, device, Failures(options.mtbf * 3600, options.restart))
 
 
@@ -213,7 +222,7 @@ def _pace_of(run: RunTimes, asked: _Asked, options: argparse.Namespace) -> Calib
                 "computing: give the --link they had, or a run on one rank"
             )
         policy = run.config.train.activation_checkpointing
-        work = projection.work_of(run.config, cost_of(run.config, asked.policy), policy, run.world)
+        work = projection.work_of(run.config, asked.cost, policy, run.world)
         exchange_s = step_time(Pace(1.0, 0.0, 0.0, is_on_cores=is_on_cores), work, at).exchange
     return calibrate.pace_of_run(run, exchange_s, is_on_cores, cores, options.source)
 

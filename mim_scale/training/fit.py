@@ -24,7 +24,8 @@ class Proposal:
     """As they are typed behind a config; only what differs from it."""
     reason: str
     config: PretrainConfig
-    policy: Checkpointing
+    cost: Cost
+    """Of its micro-batch; arithmetic was not counted."""
     memory: RankMemory
 
 
@@ -54,7 +55,7 @@ def propose(config: PretrainConfig, world: int, room_bytes: float, is_on_host: b
         needed = rank_memory(costs.of(changed), changed, world, world, is_on_host).needed(is_on_host)
         told.append((needed, f"{policy} at stage {stage}{f' and {views} views' if views else ''} {needed / GIB:.2f}"))
         if needed <= usable:
-            largest, memory = _most_at_once(changed, costs, world, usable, is_on_host)
+            largest, grown, memory = _most_at_once(changed, costs, world, usable, is_on_host)
             size = largest.train.micro_batch
             end = "a rank's whole share of the batch" if size == batch // world else "no more fit"
             reason = (
@@ -62,7 +63,7 @@ def propose(config: PretrainConfig, world: int, room_bytes: float, is_on_host: b
                 f"{', '.join(line for _, line in told[-SHOWN:])}; with {size}: {memory.needed(is_on_host) / GIB:.2f} "
                 f"({end})"
             )
-            return Proposal(_differing(config, largest), reason, largest, policy, memory)
+            return Proposal(_differing(config, largest), reason, largest, grown, memory)
     least, line = min(told)
     raise ConfigError(
         f"nothing fits {room_bytes / GIB:.2f} GiB for a rank, of which {USABLE:.0%} can be used: the least is {line} "
@@ -102,11 +103,11 @@ def _changed(
 
 def _most_at_once(
     config: PretrainConfig, costs: "_Costs", world: int, usable: float, is_on_host: bool
-) -> tuple[PretrainConfig, RankMemory]:
+) -> tuple[PretrainConfig, Cost, RankMemory]:
     """The largest micro-batch that divides a rank's share and fits; activations grow alike with each sample."""
     train, cost = config.train, costs.of(config)
     group, share = train.micro_batch, train.batch // world
-    best = config, rank_memory(cost, config, world, world, is_on_host)
+    best = config, cost, rank_memory(cost, config, world, world, is_on_host)
     by_sample: float | None = None
     for size in range(2 * group, share + 1, group):
         larger = _changed(config, train.zero_stage, _policy(config), size, None) if share % size == 0 else None
@@ -119,7 +120,7 @@ def _most_at_once(
         memory = rank_memory(grown, larger, world, world, is_on_host)
         if memory.needed(is_on_host) > usable:
             break
-        best = larger, memory
+        best = larger, grown, memory
     return best
 
 
@@ -146,5 +147,5 @@ class _Costs:
         train = config.train
         key = (train.micro_batch, train.views_at_once, train.activation_checkpointing)
         if key not in self._known:
-            self._known[key] = cost_of(config, _policy(config))
+            self._known[key] = cost_of(config, _policy(config), is_counted=False)
         return self._known[key]

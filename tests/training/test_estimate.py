@@ -34,7 +34,7 @@ WITHIN, BETWEEN = Link(1e-5, 1e9), Link(1e-4, 1e8)
 @pytest.fixture(autouse=True)
 def _no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds each; tests/models/test_cost.py looks at them."""
-    monkeypatch.setattr(estimate_run, "cost_of", lambda config, policy: COST)
+    monkeypatch.setattr(estimate_run, "cost_of", lambda config, policy, is_counted: COST)
 
 
 def write_run(
@@ -233,7 +233,7 @@ def fitted(capsys: pytest.CaptureFixture[str], config: Path, *words: object) -> 
 def test_fit_takes_what_computes_least_then_the_most_at_once(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cost_of(config: PretrainConfig, policy: str) -> Cost:
+    def cost_of(config: PretrainConfig, policy: str, is_counted: bool) -> Cost:
         of_one = {"none": 8, "second": 6, "stem": 4, "all": 2}[policy] * GIB // (2 if config.train.views_at_once else 1)
         whole = {"activation_bytes": of_one * config.train.micro_batch, "gradient_bytes": GIB, "state_bytes": 3 * GIB}
         return Cost(GIB // 4, 0, 0, **whole, batch_bytes=0, tensors=9)
