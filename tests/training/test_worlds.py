@@ -16,7 +16,7 @@ from mim_scale.config_file import check_config, config_values
 from mim_scale.store.dataset import Dataset
 from mim_scale.streaming.batch import Batch, Sample, collate
 from mim_scale.streaming.reader import SampleReader
-from mim_scale.streaming.stream import open_stream
+from mim_scale.streaming.stream_threads import ThreadStream
 from mim_scale.training.loop import _schedule
 from mim_scale.training.ranks import Ranks
 from tests.faults.faulty_disk import still_disk
@@ -45,7 +45,7 @@ def changes() -> Iterator[Change]:
     shots, drawn = random.Random(0), set[Change]()
     while len(drawn) < COUNT:
         before, then = ((shots.randint(1, 8), shots.randint(0, 8)) for _ in range(2))
-        micro_batch = shots.choice([1, 1, 2])
+        micro_batch = shots.choice([1, 1, 1, 2])
         batch = math.lcm(before[0], then[0]) * micro_batch
         change = Change(before, then, batch, micro_batch)
         if before != then and batch < VOLUMES and change not in drawn:
@@ -65,24 +65,35 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
         still.undo()
 
 
-def config_of(dataset: Dataset, change: Change, workers: int) -> PretrainConfig:
+def config_of(dataset: Dataset, change: Change) -> PretrainConfig:
     values = config_values(small_config(str(dataset.path), batch=change.batch, steps=3))
     values["train"]["micro_batch"] = change.micro_batch
-    values["data"] |= {"workers": workers, "read_ahead": 1, "held_out_subjects": 0}
     values["plan"] |= {"box": [8, 8, 8], "view": [8, 8, 8], "token": [4, 4, 4]}
     values["plan"]["levels"][1]["views"] = values["plan"]["levels"][2]["views"] = 1
     return check_config(PretrainConfig, values, "worlds")
 
 
-def life(dataset: Dataset, change: Change, place: tuple[int, int], steps: range) -> list[list[Batch]]:
+@pytest.fixture(scope="module")
+def reader(dataset: Dataset) -> SampleReader:
+    """One for all ranks, so that it opens every volume once."""
+    config = config_of(dataset, CHANGES[0])
+    return SampleReader(dataset, dataset.rows, config.plan, config.seed)
+
+
+@pytest.fixture(scope="module")
+def alone(reader: SampleReader) -> Callable[[int], Sample]:
+    """Position after position, with no rank, worker or stream."""
+    return cache(reader.sample)
+
+
+def life(reader: SampleReader, config: PretrainConfig, place: tuple[int, int], steps: range) -> list[list[Batch]]:
     """What each rank takes in these steps of a run that would go on: its schedule is the whole rest."""
     world, workers = place
-    config = config_of(dataset, change, workers)
     taken = []
     for rank in range(world):
         ranks = Ranks(rank, world, rank, torch.device("cpu"))
-        count = len(steps) * change.batch // change.micro_batch // world
-        with open_stream(config, dataset, dataset.rows) as stream:
+        count = len(steps) * config.train.batch // config.train.micro_batch // world
+        with ThreadStream(reader, workers, read_ahead=1) as stream:
             taken.append(list(islice(stream.batches(_schedule(config, ranks, steps.start)), count)))
     return taken
 
@@ -94,13 +105,6 @@ def global_batches(shares: list[list[Batch]], num_steps: int) -> Iterator[list[B
         yield [batch for share in shares for batch in share[step * rounds : (step + 1) * rounds]]
 
 
-@pytest.fixture(scope="module")
-def alone(dataset: Dataset) -> Callable[[int], Sample]:
-    """Position after position from one reader, with no rank, worker or stream."""
-    config = config_of(dataset, CHANGES[0], 1)
-    return cache(SampleReader(dataset, dataset.rows, config.plan, config.seed).sample)
-
-
 def test_every_number_of_ranks_and_workers_is_there() -> None:
     places = {place for change in CHANGES for place in (change.before, change.then)}
     assert {world for world, _ in places} == set(range(1, 9))
@@ -109,10 +113,13 @@ def test_every_number_of_ranks_and_workers_is_there() -> None:
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=str)
-def test_changed_in_mid_epoch(dataset: Dataset, alone: Callable[[int], Sample], change: Change) -> None:
+def test_changed_in_mid_epoch(
+    dataset: Dataset, reader: SampleReader, alone: Callable[[int], Sample], change: Change
+) -> None:
+    config = config_of(dataset, change)
     found: list[list[Batch]] = []
     for place, steps in ((change.before, range(1)), (change.then, range(1, STEPS))):
-        found += global_batches(life(dataset, change, place, steps), len(steps))
+        found += global_batches(life(reader, config, place, steps), len(steps))
     assert [batch.positions.tolist() for step in found for batch in step] == [
         list(range(first, first + change.micro_batch)) for first in range(0, STEPS * change.batch, change.micro_batch)
     ]
