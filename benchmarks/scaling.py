@@ -49,19 +49,21 @@ def rounds_of(folder: Path) -> list[Path]:
 
 
 def make_round(folder: Path, options: argparse.Namespace) -> None:
-    """One of everything, one after another."""
-    folder.mkdir(parents=True)
+    """One of everything, one after another; what an interrupted call has made is kept."""
+    folder.mkdir(parents=True, exist_ok=True)
     config = load_config(PretrainConfig, options.config, options.overrides)
     share = config.train.batch
     common = [f"data.store={options.store}", "tracking={mlflow: null}", f"train.steps={options.steps}"]
     common += [f"optimizer.warmup_steps={min(5, options.steps - 1)}", f"held_out.every={options.steps}"]
     common += [f"checkpoint.every={options.steps}", *options.overrides]
     link = folder / "link.json"
-    run([*torchrun(2), "launch/measure_link.py", "--out", str(link)])
+    if not link.exists():
+        run([*torchrun(2), "launch/measure_link.py", "--out", str(link)])
     command = [sys.executable, "-m", "mim_scale.cli", "estimate", "--config", str(options.config)]
     command += ["--run-steps", str(options.pace_steps), "--link", str(link), "--json", *common]
     # Its batch must be one that two ranks can share; what is measured is a micro-batch.
-    (folder / "pace.json").write_text(run([*command, f"train.batch={2 * share}"]))
+    if not (folder / "pace.json").exists():
+        (folder / "pace.json").write_text(run([*command, f"train.batch={2 * share}"]))
     for world in WORLDS:
         launcher = [sys.executable] if world == 1 else torchrun(world)
         output = [f"output={folder / str(world)}", f"train.batch={share * world}"]

@@ -39,6 +39,7 @@ ELSEWHERE = {
     "make test": "this suite",
     "ray job submit": "tests/pipeline/test_ray_job.py, on a cluster of its own",
     "deepspeed --hostfile": "needs other machines; its launch file and overrides are those of the command above it",
+    "mim-scale estimate --config configs/base.yaml --run-steps": "tests/training/test_estimate.py, at a size that ends",
     "mim-scale doctor": "tests/cli/test_doctor.py: whether all is well depends on the machine",
     "mim-scale bench step": "tests/bench/test_step.py, at a size that ends",
     "srun": "needs Slurm; tests/training/test_placement.py has what srun sets",
