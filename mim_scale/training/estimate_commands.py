@@ -36,6 +36,23 @@ def add_estimate(verbs: Any) -> None:
     pace.add_argument(
         "--from", dest="source", type=Path, metavar="PATH", help="a run's folder, or what --run-steps --json printed"
     )
+    _add_cluster(verb)
+    corpus = verb.add_argument_group("the corpus")
+    corpus.add_argument("--volumes", type=int, metavar="N", help="(default: those of the store, where there is one)")
+    corpus.add_argument("--plan", type=Path, metavar="JSON", help="what `mim-scale data plan --json` printed")
+    corpus.add_argument("--epochs", type=float, metavar="N", help="in place of train.steps")
+    verb.add_argument(
+        "--beside", type=Path, action="append", default=[], metavar="RUN", help="a run to compare with; repeatable"
+    )
+    verb.add_argument("--fit", action="store_true", help="propose micro-batch, policy and ZeRO stage for a memory")
+    verb.add_argument(
+        "--memory", type=float, metavar="GIB", help="of a rank, for --fit and auto (default: what is free here)"
+    )
+    verb.add_argument("--json", action="store_true", help="for scripts")
+    verb.set_defaults(verb=_estimate)
+
+
+def _add_cluster(verb: argparse.ArgumentParser) -> None:
     cluster = verb.add_argument_group("the cluster")
     cluster.add_argument("--nodes", type=int, metavar="N", help="(default: 1)")
     cluster.add_argument("--ranks-per-node", type=int, metavar="N", help="(default: those of --link, else 1)")
@@ -62,19 +79,6 @@ def add_estimate(verbs: Any) -> None:
         metavar="S",
         help="seconds to go on after one (default: %(default)g)",
     )
-    corpus = verb.add_argument_group("the corpus")
-    corpus.add_argument("--volumes", type=int, metavar="N", help="(default: those of the store, where there is one)")
-    corpus.add_argument("--plan", type=Path, metavar="JSON", help="what `mim-scale data plan --json` printed")
-    corpus.add_argument("--epochs", type=float, metavar="N", help="in place of train.steps")
-    verb.add_argument(
-        "--beside", type=Path, action="append", default=[], metavar="RUN", help="a run to compare with; repeatable"
-    )
-    verb.add_argument("--fit", action="store_true", help="propose micro-batch, policy and ZeRO stage for a memory")
-    verb.add_argument(
-        "--memory", type=float, metavar="GIB", help="of a rank, for --fit and auto (default: what is free here)"
-    )
-    verb.add_argument("--json", action="store_true", help="for scripts")
-    verb.set_defaults(verb=_estimate)
 
 
 def _estimate(options: argparse.Namespace) -> int:
