@@ -95,7 +95,7 @@ class Range:
         Forked.prepare()
         # In a process of its own: this one must stay without threads, since it forks.
         finished(Forked(lambda: int(make_dataset(folder / "store") is None), folder / "log_store"))
-        self._straight = {world: self._straight_run(world) for world in (1, 2)}
+        self._straight: dict[int, dict[str, tuple[Tensors, Tensors]]] = {}
 
     def enough(self, part: str, wanted: dict[str, int], number: int) -> bool:
         """Whether a case is still to be made; tells how far all is."""
@@ -126,6 +126,8 @@ class Range:
         shots, tally = random.Random(f"{self.seed} {part} {number}"), self.tallies[part]
         world = 2 if part.startswith("launched") else 1
         config = self._config(folder / "run", world, every=1 if part.endswith("save") else shots.choice([1, 2, 3]))
+        if world not in self._straight:
+            self._straight[world] = self._straight_run(world)
         tally.cases += 1
         begun_at: dict[int, int] = {}
         step = 0
