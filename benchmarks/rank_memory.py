@@ -15,11 +15,11 @@ import torch
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import load_config
+from mim_scale.estimate.micro_batch import reset_peak
 from mim_scale.methods.build import build_method
 from mim_scale.methods.cost import Cost, cost_of
 from mim_scale.methods.noise import noise_batch
 from mim_scale.training.engine import accumulation, build_engine
-from mim_scale.training.estimate import reset_peak
 from mim_scale.training.memory import peak_resident_bytes
 from mim_scale.training.placement import read_placement
 from mim_scale.training.rank_memory import rank_memory

@@ -23,7 +23,7 @@ def main() -> int:
     options = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     from mim_scale.commit import write_file
-    from mim_scale.training.link import as_values, measure_links
+    from mim_scale.estimate.link import as_values, measure_links
     from mim_scale.training.ranks import joined
 
     placement = read_placement(os.environ)

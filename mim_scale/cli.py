@@ -11,12 +11,12 @@ from mim_scale import __version__
 from mim_scale.bench.commands import add_bench
 from mim_scale.config import BuildConfig
 from mim_scale.config_file import check_config
+from mim_scale.doctor.commands import add_doctor
 from mim_scale.errors import ConfigError, exit_with
+from mim_scale.estimate.commands import add_estimate
 from mim_scale.streaming.pack_commands import add_pack, verify_pack
 from mim_scale.streaming.peek_commands import add_peek
 from mim_scale.training.checkpoint_commands import add_checkpoint
-from mim_scale.training.doctor_commands import add_doctor
-from mim_scale.training.estimate_commands import add_estimate
 from mim_scale.training.status_commands import add_status
 
 _SOURCE = "a folder, a list of paths or addresses, s3://BUCKET/PREFIX, or the address of one file"

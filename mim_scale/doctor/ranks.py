@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from mim_scale.doctor import machine as doctor_machine
+from mim_scale.doctor.disk import NO_LOCKS, existing, scratch
+from mim_scale.doctor.finding import Finding
+from mim_scale.doctor.run import Facts
 from mim_scale.errors import ConfigError
-from mim_scale.training import doctor_machine
-from mim_scale.training.doctor_disk import NO_LOCKS, existing, scratch
-from mim_scale.training.doctor_finding import Finding
-from mim_scale.training.doctor_run import Facts
 from mim_scale.training.placement import INTERFACE
 from mim_scale.training.ranks import Ranks
 

@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import digest_config
-from mim_scale.training import doctor_disk, doctor_machine, doctor_run, doctor_services
-from mim_scale.training.doctor_finding import EXIT, Check, Finding, failure, run_check
-from mim_scale.training.doctor_run import Facts
+from mim_scale.doctor import disk as doctor_disk
+from mim_scale.doctor import machine as doctor_machine
+from mim_scale.doctor import run as doctor_run
+from mim_scale.doctor import services as doctor_services
+from mim_scale.doctor.finding import EXIT, Check, Finding, failure, run_check
+from mim_scale.doctor.run import Facts
 from mim_scale.training.placement import Placement
 
 if TYPE_CHECKING:
-    from mim_scale.training.doctor_ranks import Exchange
+    from mim_scale.doctor.ranks import Exchange
 
 RAY_LIMIT_S = doctor_services.JOIN_S + 10
 
@@ -127,7 +130,7 @@ def _together(
     placement: Placement,
     wait_s: float,
 ) -> Report:
-    from mim_scale.training import doctor_ranks
+    from mim_scale.doctor import ranks as doctor_ranks
     from mim_scale.training.ranks import joined
 
     host = socket.gethostname()

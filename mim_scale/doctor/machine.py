@@ -9,7 +9,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from mim_scale.training.doctor_finding import GIB, INSTALL, Finding, Level, gib, short
+from mim_scale.doctor.finding import GIB, INSTALL, Finding, Level, gib, short
 
 PROC, SYS, SHM = Path("/proc"), Path("/sys"), Path("/dev/shm")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"

@@ -18,19 +18,21 @@ from mim_scale import disk
 from mim_scale.cli import run
 from mim_scale.commit import TEMPORARY
 from mim_scale.config_file import config_values
+from mim_scale.doctor import disk as doctor_disk
+from mim_scale.doctor import machine as doctor_machine
+from mim_scale.doctor import run as doctor_run
+from mim_scale.doctor.finding import Finding, run_check
+from mim_scale.doctor.report import Report
 from mim_scale.errors import ConfigError
 from mim_scale.store.dataset import Dataset
-from mim_scale.training import doctor_disk, doctor_machine, doctor_run
 from mim_scale.training.checkpoint import CheckpointFolder
-from mim_scale.training.doctor import Report
-from mim_scale.training.doctor_finding import Finding, run_check
 from mim_scale.training.run_folder import LOCK
 from tests.synthetic import make_dataset
 from tests.training.checkpoints import FACTS, save_state, state
 from tests.training.jobs import ROOT, environment, write_config
 from tests.training.standin import small_config
 
-TELL = "import sys; from pathlib import Path; from mim_scale.training.doctor_disk import *; {}"
+TELL = "import sys; from pathlib import Path; from mim_scale.doctor.disk import *; {}"
 WRITING = TELL.format(
     "print(*[f'{one.level} {one.check}: {one.found}' for one in writing(Path(sys.argv[1]))], sep='\\n')"
 )
@@ -371,7 +373,7 @@ def test_a_disk_without_locks_and_without_exchanges(tmp_path: Path, monkeypatch:
 def test_ended_in_the_middle_nothing_is_left(tmp_path: Path) -> None:
     """SIGTERM while a check, in its thread, has its files open."""
     hold = "import time\ndef hold(*_):\n    print('open', flush=True); time.sleep(60); yield"
-    patched = "from mim_scale.training import doctor_disk, doctor_machine\ndoctor_disk._speed = hold"
+    patched = "from mim_scale.doctor import disk as doctor_disk, machine as doctor_machine\ndoctor_disk._speed = hold"
     patched += "\ndoctor_machine.devices = lambda *_: []"
     code = f"{hold}\n{patched}\nfrom mim_scale.cli import main\nmain()"
     command = [sys.executable, "-c", code, "doctor"]

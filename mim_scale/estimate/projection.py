@@ -9,12 +9,7 @@ from typing import Any
 
 from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.errors import ConfigError, StoreError
-from mim_scale.methods.cost import Cost
-from mim_scale.sampling.order import micro_batches
-from mim_scale.store.manifest import split_subjects
-from mim_scale.streaming.stream import open_dataset
-from mim_scale.training.rank_memory import RankMemory, checkpoint_bytes, rank_memory
-from mim_scale.training.scaling import (
+from mim_scale.estimate.scaling import (
     Cluster,
     Failures,
     Pace,
@@ -24,7 +19,12 @@ from mim_scale.training.scaling import (
     step_time,
     with_failures,
 )
-from mim_scale.training.timed_steps import has_data
+from mim_scale.estimate.timed_steps import has_data
+from mim_scale.methods.cost import Cost
+from mim_scale.sampling.order import micro_batches
+from mim_scale.store.manifest import split_subjects
+from mim_scale.streaming.stream import open_dataset
+from mim_scale.training.rank_memory import RankMemory, checkpoint_bytes, rank_memory
 
 MOST_RANKS = 512
 """Of the table of weak scaling."""

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mim_scale.training.scaling import (
+from mim_scale.estimate.scaling import (
     Cluster,
     Failures,
     Link,

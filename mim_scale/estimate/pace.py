@@ -15,10 +15,10 @@ from typing import Any
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import dump_config, load_config
 from mim_scale.errors import ConfigError, HostError, MimScaleError
+from mim_scale.estimate.link import usable_cores
+from mim_scale.estimate.scaling import Pace
 from mim_scale.training.journal import read_journal
-from mim_scale.training.link import usable_cores
 from mim_scale.training.run_folder import CONFIG, JOURNAL
-from mim_scale.training.scaling import Pace
 
 FEWEST = 5
 """Steps below which a spread says nothing."""
@@ -133,7 +133,7 @@ class _Job:
         # Not a pipe, which would stop the process when full.
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by `end`
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "mim_scale.training.timed_steps", str(path), str(steps)],
+            [sys.executable, "-m", "mim_scale.estimate.timed_steps", str(path), str(steps)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,

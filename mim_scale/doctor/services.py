@@ -13,16 +13,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from mim_scale.training.doctor_disk import existing, scratch
-from mim_scale.training.doctor_finding import Finding, Level, short
-from mim_scale.training.doctor_machine import installed
+from mim_scale.doctor.disk import existing, scratch
+from mim_scale.doctor.finding import Finding, Level, short
+from mim_scale.doctor.machine import installed
 
 ANSWER_S = 5.0
 JOIN_S = 60.0
 """How long a process may take to join a Ray cluster, the import of Ray included."""
 TAG = "mim_scale.doctor"
 GOES_ON = "training goes on without it, and its rows follow once it answers"
-_JOIN = "from mim_scale.training.doctor_services import join_ray; join_ray()"
+_JOIN = "from mim_scale.doctor.services import join_ray; join_ray()"
 
 
 def mlflow(uri: str | None, experiment: str, output: Path) -> Iterator[Finding]:

@@ -1,4 +1,4 @@
-"""A process that makes training steps of one rank and times their parts: `python -m mim_scale.training.timed_steps`.
+"""A process that makes training steps of one rank and times their parts: `python -m mim_scale.estimate.timed_steps`.
 
 One micro-batch a step, through the engine, the stream and the network of a real run; of noise where there is no store.
 It says when it is warm, waits for a word, and answers with one line. `calibrate` starts it, alone or several at once.

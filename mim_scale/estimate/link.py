@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mim_scale.errors import ClusterError, ConfigError
-from mim_scale.training.scaling import Link, fit_link, ring_s
+from mim_scale.estimate.scaling import Link, fit_link, ring_s
 
 if TYPE_CHECKING:
     from mim_scale.training.ranks import Ranks

@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from mim_scale.training import doctor_services
-from mim_scale.training.doctor_finding import Finding, run_check
+from mim_scale.doctor import services as doctor_services
+from mim_scale.doctor.finding import Finding, run_check
 from tests.training.jobs import environment, free_port
 from tests.training.mlflow_server import Server
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from mim_scale.cli import run as run_verb
+from mim_scale.doctor import ranks as doctor_ranks
+from mim_scale.doctor.commands import told
+from mim_scale.doctor.finding import Finding
+from mim_scale.doctor.ranks import Exchange, alike, skew
+from mim_scale.doctor.report import Report, ranks_here
+from mim_scale.doctor.run import Facts
 from mim_scale.errors import ConfigError
-from mim_scale.training import doctor_ranks
-from mim_scale.training.doctor import Report, ranks_here
-from mim_scale.training.doctor_commands import told
-from mim_scale.training.doctor_finding import Finding
-from mim_scale.training.doctor_ranks import Exchange, alike, skew
-from mim_scale.training.doctor_run import Facts
 from mim_scale.training.ranks import Ranks
 from tests.launch.nodes import two_nodes, why_not
 from tests.synthetic import make_dataset
@@ -140,7 +140,7 @@ def test_two_nodes_alike_and_one_that_differs(tmp_path: Path) -> None:
 
 DIES = """
 import os
-from mim_scale.training import doctor_ranks
+from mim_scale.doctor import ranks as doctor_ranks
 doctor_ranks.clocks = lambda ranks: os._exit(9)
 from mim_scale.cli import main
 main()

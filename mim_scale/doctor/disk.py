@@ -20,8 +20,8 @@ from pathlib import Path
 
 from mim_scale import disk
 from mim_scale.commit import TEMPORARY, remove, write_all
+from mim_scale.doctor.finding import Finding, Level, gib, short
 from mim_scale.errors import ConfigError
-from mim_scale.training.doctor_finding import Finding, Level, gib, short
 
 PIECE = 8 << 20
 PIECES = 8

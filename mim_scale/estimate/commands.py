@@ -92,11 +92,11 @@ def _estimate(options: argparse.Namespace) -> int:
     values: dict[str, Any] = {}
     cost = None
     if options.fit:
-        from mim_scale.training.estimate_run import fit_memory
+        from mim_scale.estimate.run import fit_memory
 
         config, cost = fit_memory(config, options, values)
     if is_of_run:
-        from mim_scale.training.estimate_run import estimate_run
+        from mim_scale.estimate.run import estimate_run
 
         estimate_run(config, options, values, cost)
     elif not options.fit or options.measure:
@@ -125,7 +125,7 @@ def _refuse_odd(options: argparse.Namespace) -> None:
 
 
 def _policies(config: Any, options: argparse.Namespace, values: dict[str, Any]) -> None:
-    from mim_scale.training.estimate import as_values, estimate, measure
+    from mim_scale.estimate.micro_batch import as_values, estimate, measure
 
     costs = estimate(config)
     measured = {policy: measure(config, policy) for policy in costs} if options.measure else {}

@@ -12,12 +12,15 @@ from mim_scale.cli import run
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import dump_config, load_config
 from mim_scale.errors import ConfigError, MimScaleError
+from mim_scale.estimate import fit, timed_steps
+from mim_scale.estimate import pace as calibrate
+from mim_scale.estimate import run as estimate_run
+from mim_scale.estimate.scaling import Link, ring_s
 from mim_scale.methods import cost
 from mim_scale.methods.cost import FEWEST_FIRST, Cost
-from mim_scale.training import calibrate, estimate_run, fit, memory, timed_steps
+from mim_scale.training import memory
 from mim_scale.training.journal import Journal
 from mim_scale.training.run_folder import CONFIG, JOURNAL
-from mim_scale.training.scaling import Link, ring_s
 from tests.models.small import changed
 from tests.synthetic import make_dataset
 from tests.training import jobs

@@ -13,8 +13,8 @@ from mim_scale.errors import ConfigError
 
 if TYPE_CHECKING:
     from mim_scale.config import PretrainConfig
-    from mim_scale.training.doctor import Report
-    from mim_scale.training.doctor_finding import Finding
+    from mim_scale.doctor.finding import Finding
+    from mim_scale.doctor.report import Report
 
 WAIT_S = 300.0
 """How long the other ranks may take to come."""
@@ -55,8 +55,8 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _examine(options: argparse.Namespace) -> int:
-    from mim_scale.training.doctor import examine
-    from mim_scale.training.doctor_finding import failure
+    from mim_scale.doctor.finding import failure
+    from mim_scale.doctor.report import examine
     from mim_scale.training.placement import Placement, read_placement
 
     before, placement = [], Placement(0, 1, 0, "127.0.0.1", 0)
@@ -81,7 +81,7 @@ def _examine(options: argparse.Namespace) -> int:
 def _config_of(options: argparse.Namespace) -> "tuple[PretrainConfig | None, Finding | None]":
     from mim_scale.config import PretrainConfig
     from mim_scale.config_file import load_config
-    from mim_scale.training.doctor_finding import failure
+    from mim_scale.doctor.finding import failure
 
     if options.config is None:
         return None, None
