@@ -14,11 +14,12 @@ from pathlib import Path
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import load_config
-from mim_scale.estimate.link import read_links, usable_cores
+from mim_scale.estimate.link import read_links
 from mim_scale.estimate.pace import Calibration, read_calibration, read_run
 from mim_scale.estimate.projection import work_of
 from mim_scale.estimate.scaling import Cluster, StepTime, step_time
 from mim_scale.methods.cost import cost_of
+from mim_scale.training.host import usable_cores
 
 ROOT = Path(__file__).parents[1]
 WORLDS = (1, 2, 4)

@@ -3,15 +3,16 @@
 import importlib.metadata
 import os
 import platform
-import re
 import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 from mim_scale.doctor.finding import GIB, INSTALL, Finding, Level, gib, short
+from mim_scale.training import host
+from mim_scale.training.host import allowed_cores, cgroup, cpu_quota, memory_limit
 
-PROC, SYS, SHM = Path("/proc"), Path("/sys"), Path("/dev/shm")
+SHM = Path("/dev/shm")
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 """Exact versions that the suite runs with; there in a checkout."""
 TOLD = ("torch", "deepspeed", "ray", "mlflow", "numpy")
@@ -20,8 +21,6 @@ FILES, FILES_RAY = 1024, 4096
 THREADS = 1024
 """Threads and processes that should still fit: libraries start one for each core, in each rank."""
 SMALL_SHM = GIB
-PAGES = 1 << 60
-"""A limit above this is none."""
 
 
 def versions() -> Iterator[Finding]:
@@ -108,7 +107,7 @@ def devices(precision: str | None = None) -> Iterator[Finding]:
 
 def visible_gpus() -> int:
     """NVIDIA GPUs that the driver shows, whatever torch can do with them."""
-    folder = PROC / "driver" / "nvidia" / "gpus"
+    folder = host.PROC / "driver" / "nvidia" / "gpus"
     return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
@@ -156,7 +155,7 @@ def _kernels(names: list[str]) -> list[tuple[str, str]]:
 
 def cores() -> Iterator[Finding]:
     """Cores that may be used, by affinity and by cgroup."""
-    there, mine, quota = os.cpu_count() or 1, usable_cores(), _cpu_quota()
+    there, mine, quota = os.cpu_count() or 1, allowed_cores(), cpu_quota()
     told = f"{mine} of {there} cores"
     if quota is not None and quota < mine:
         yield Finding(
@@ -167,23 +166,6 @@ def cores() -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "cores", told)
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on, and its cgroup pays for; at least 1."""
-    mine = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(mine, int(_cpu_quota() or mine)))
-
-
-def _cpu_quota() -> float | None:
-    """Cores that the cgroup pays for; None for as many as there are."""
-    shares = []
-    for text in _cgroup("cpu", "cpu.max"):
-        allowed, period = text.split()
-        shares += [int(allowed) / int(period)] if allowed != "max" else []
-    for allowed, period in zip(_cgroup("cpu", "cpu.cfs_quota_us"), _cgroup("cpu", "cpu.cfs_period_us"), strict=False):
-        shares += [int(allowed) / int(period)] if int(allowed) > 0 else []
-    return min(shares, default=None)
 
 
 def memory() -> Iterator[Finding]:
@@ -201,53 +183,6 @@ def memory() -> Iterator[Finding]:
         )
     else:
         yield Finding("ok", "memory", told)
-
-
-def memory_limit() -> int | None:
-    """Bytes that the cgroup allows; None where it allows all."""
-    texts = [*_cgroup("memory", "memory.max"), *_cgroup("memory", "memory.limit_in_bytes")]
-    return min((int(text) for text in texts if text.isdigit() and int(text) < PAGES), default=None)
-
-
-def free_memory() -> tuple[int, int]:
-    """Bytes that this machine, or the cgroup, has left, and those that it has in all."""
-    import psutil
-
-    found, limit = psutil.virtual_memory(), memory_limit()
-    free, whole = int(found.available), int(found.total)
-    for limits, uses, cached in (
-        ("memory.max", "memory.current", "inactive_file"),
-        ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        groups = zip(*(_cgroup("memory", name) for name in (limits, uses, "memory.stat")), strict=False)
-        for most, used, stat in groups:
-            # What files hold of it is given back when memory is short.
-            files = re.search(rf"^{cached} (\d+)$", stat, re.MULTILINE)
-            if most.isdigit():
-                free = min(free, max(0, int(most) - int(used) + (int(files[1]) if files else 0)))
-    return free, min(whole, limit or whole)
-
-
-def _cgroup(controller: str, name: str) -> Iterator[str]:
-    """What a file of this process's cgroup says, and those above it, in either version of cgroups."""
-    lines = [line.split(":", 2) for line in _text(PROC / "self" / "cgroup").splitlines()]
-    for _, controllers, path in (line for line in lines if len(line) == 3):
-        if controllers and controller not in controllers.split(","):
-            continue
-        inside = Path(path.lstrip("/"))
-        # Version 1 mounts each set of controllers by its name. A container may see its own group at the top, whatever
-        # path it is told.
-        for top in dict.fromkeys((controllers, controllers and controller)):
-            for folder in (inside, *inside.parents):
-                if text := _text(SYS / "fs" / "cgroup" / top / folder / name):
-                    yield text
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""
 
 
 def shared_memory(needs_much: bool = False) -> Iterator[Finding]:
@@ -285,7 +220,7 @@ def limits(uses_ray: bool = False) -> Iterator[Finding]:
         yield Finding("ok", "open files", told)
     yield from _processes()
     locked = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
-    if any((SYS / "class" / "infiniband").glob("*")) and locked >= 0:
+    if any((host.SYS / "class" / "infiniband").glob("*")) and locked >= 0:
         yield Finding(
             "warning",
             "locked memory",
@@ -300,7 +235,7 @@ def _processes() -> Iterator[Finding]:
     by_user = soft if soft >= 0 and os.geteuid() else None
     left = [
         int(most) - int(now)
-        for most, now in zip(_cgroup("pids", "pids.max"), _cgroup("pids", "pids.current"), strict=False)
+        for most, now in zip(cgroup("pids", "pids.max"), cgroup("pids", "pids.current"), strict=False)
         if most.isdigit()
     ]
     left += [by_user] if by_user is not None else []

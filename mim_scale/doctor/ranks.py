@@ -16,11 +16,11 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from mim_scale.doctor import machine as doctor_machine
 from mim_scale.doctor.disk import NO_LOCKS, existing, scratch
 from mim_scale.doctor.finding import Finding
 from mim_scale.doctor.run import Facts
 from mim_scale.errors import ConfigError
+from mim_scale.training.host import SYS
 from mim_scale.training.placement import INTERFACE
 from mim_scale.training.ranks import Ranks
 
@@ -115,7 +115,7 @@ def network(world_hosts: int) -> Finding:
             "note", "network", "gloo looks this machine's name up to choose its network", f"set {INTERFACE} if it waits"
         )
     try:
-        speed = int((doctor_machine.SYS / "class" / "net" / name / "speed").read_text())
+        speed = int((SYS / "class" / "net" / name / "speed").read_text())
     except (OSError, ValueError):
         speed = -1
     told = f"gloo uses {name}" + (f", {speed:,} Mbit/s" if speed > 0 else "")

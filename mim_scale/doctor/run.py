@@ -8,8 +8,8 @@ from pathlib import Path
 from mim_scale.config import PretrainConfig
 from mim_scale.doctor import disk as doctor_disk
 from mim_scale.doctor.finding import Finding, gib
-from mim_scale.doctor.machine import free_memory, usable_cores
 from mim_scale.errors import CheckpointError, OtherVersionError, StoreError
+from mim_scale.training.host import free_memory, usable_cores
 
 MANY_THREADS = 4
 """Readers and ranks for each core above which they hinder each other."""

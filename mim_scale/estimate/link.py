@@ -1,7 +1,5 @@
 """How fast ranks exchange, within a node and between nodes: all-reduces of several sizes, timed where they will run."""
 
-import json
-import os
 import socket
 import statistics
 import time
@@ -10,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mim_scale.errors import ClusterError, ConfigError
+from mim_scale.errors import ClusterError
+from mim_scale.estimate.files import LinkFile, TimedFile, read_file
 from mim_scale.estimate.scaling import Link, fit_link, ring_s
+from mim_scale.training.host import usable_cores
 
 if TYPE_CHECKING:
     from mim_scale.training.ranks import Ranks
@@ -134,7 +134,7 @@ def told(what: str, timed: Timed) -> str:
 
 def as_values(links: Links) -> dict[str, Any]:
     """For a file, and for scripts."""
-    values: dict[str, Any] = {"kind": _KIND, "device": links.device, "cores": links.cores}
+    values: dict[str, Any] = {"kind": "mim-scale link", "device": links.device, "cores": links.cores}
     for name in ("within", "between"):
         timed = getattr(links, name)
         values[name] = timed and {
@@ -147,37 +147,18 @@ def as_values(links: Links) -> dict[str, Any]:
     return values
 
 
-_KIND = "mim-scale link"
-
-
 def read_links(path: Path) -> Links:
     """What `launch/measure_link.py --out` wrote.
 
     Raises:
         ConfigError: the file is missing or another one.
     """
-    try:
-        values = json.loads(path.read_bytes())
-        if values["kind"] != _KIND:
-            raise ValueError
-        return Links(
-            str(values["device"]), int(values["cores"]), _of_values(values["within"]), _of_values(values["between"])
-        )
-    except OSError as error:
-        raise ConfigError(f"--link {path}: {error.strerror}; make it with launch/measure_link.py --out") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(f"--link {path}: is not what launch/measure_link.py --out writes") from None
+    wanted, remedy = "not what launch/measure_link.py --out writes", "; make it with launch/measure_link.py --out"
+    found = read_file(LinkFile, path, "--link", wanted, remedy)
+    return Links(found.device, found.cores, _timed_of(found.within), _timed_of(found.between))
 
 
-def _of_values(values: dict[str, Any] | None) -> Timed | None:
-    if values is None:
+def _timed_of(found: TimedFile | None) -> Timed | None:
+    if found is None:
         return None
-    link = Link(float(values["latency_s"]), float(values["bytes_per_s"]))
-    if link.latency_s < 0 or link.bytes_per_s <= 0:
-        raise ValueError
-    return Timed(link, int(values["members"]), tuple(values["sizes"]), tuple(values["seconds"]))
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return Timed(Link(found.latency_s, found.bytes_per_s), found.members, found.sizes, found.seconds)

@@ -8,15 +8,16 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import dump_config, load_config
 from mim_scale.errors import ConfigError, HostError, MimScaleError
-from mim_scale.estimate.link import usable_cores
+from mim_scale.estimate.files import EstimateFile, read_file
 from mim_scale.estimate.scaling import Pace
+from mim_scale.training.host import usable_cores
 from mim_scale.training.journal import read_journal
 from mim_scale.training.run_folder import CONFIG, JOURNAL
 
@@ -273,12 +274,6 @@ def read_calibration(path: Path) -> Calibration:
     Raises:
         ConfigError: the file is another one.
     """
-    try:
-        values = json.loads(path.read_bytes())["calibration"]
-        return replace(Calibration(**values), pace=Pace(**values["pace"]))
-    except OSError as error:
-        raise ConfigError(f"--from {path}: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError):
-        raise ConfigError(
-            f"--from {path}: is neither a run's folder nor what `mim-scale estimate --run-steps --json` prints"
-        ) from None
+    wanted = "neither a run's folder nor what `mim-scale estimate --run-steps --json` prints"
+    values = read_file(EstimateFile, path, "--from", wanted).calibration.model_dump()
+    return Calibration(**values | {"pace": Pace(**values["pace"])})

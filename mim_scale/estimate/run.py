@@ -16,10 +16,11 @@ from mim_scale.estimate import link, projection
 from mim_scale.estimate import pace as calibrate
 from mim_scale.estimate.commands import GIB, LATENCY_US
 from mim_scale.estimate.fit import propose
-from mim_scale.estimate.link import Links, usable_cores
+from mim_scale.estimate.link import Links
 from mim_scale.estimate.pace import Calibration, RunTimes
 from mim_scale.estimate.scaling import Cluster, Failures, Link, Pace, StepTime, Work, step_time
 from mim_scale.methods.cost import Cost, choose_policy, cost_of
+from mim_scale.training.host import usable_cores
 from mim_scale.training.memory import choose_stage, free_bytes, with_stage
 from mim_scale.training.progress import duration
 from mim_scale.training.rank_memory import RankMemory, rank_memory

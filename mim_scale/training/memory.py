@@ -1,6 +1,5 @@
 """How much memory a rank may use, and the checkpointing policy that fits it."""
 
-import os
 import resource
 import socket
 import sys
@@ -11,6 +10,7 @@ import torch
 from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.config_file import check_config, config_values
 from mim_scale.methods.cost import FEWEST_FIRST, USABLE, Cost, choose_policy, cost_of
+from mim_scale.training.host import free_memory
 from mim_scale.training.rank_memory import rank_memory
 from mim_scale.training.ranks import Ranks
 
@@ -28,9 +28,8 @@ def resolve_stage(config: PretrainConfig, ranks: Ranks, writers: int = 1) -> tup
         return config, ""
     room, is_on_host = _room(ranks), ranks.device.type != "cuda"
     policy = config.train.activation_checkpointing
-    stage, why = ranks.broadcast(
-        choose_stage(config, policy, room, ranks.world, writers, is_on_host) if ranks.rank == 0 else (1, "")
-    )
+    # On the first rank alone, and all of them end where it is refused there: whoever computes must not decide.
+    stage, why = ranks.on_first(lambda: choose_stage(config, policy, room, ranks.world, writers, is_on_host))
     return with_stage(config, stage), why
 
 
@@ -38,17 +37,32 @@ def choose_stage(
     config: PretrainConfig, policy: Checkpointing, room_bytes: int, world: int, writers: int, is_on_host: bool
 ) -> tuple[int, str]:
     """The lowest of stages 1 to 3 that fits, and why; with checkpointing `auto` the least recomputation counts for 1
-    and 2, which cost no time, and the most for 3, which does."""
+    and 2, which cost no time, and the most for 3, which does. Where none fits, the one that needs least."""
     gentle, thorough = (FEWEST_FIRST[0], FEWEST_FIRST[-1]) if policy == "auto" else (policy, policy)
-    told = []
+    tried: list[tuple[float, int]] = []
+    fits = False
     for stage, of_policy in dict.fromkeys([(1, gentle), (2, gentle), (1, thorough), (2, thorough), (3, thorough)]):
-        cost, changed = cost_of(config, of_policy), with_stage(config, stage)
-        needed = rank_memory(cost, changed, world, writers, is_on_host).needed(is_on_host)
-        told.append(f"{stage} {needed / 2**30:.2f}")
-        if needed <= USABLE * room_bytes:
+        if stage == 3 and _needed(config, of_policy, stage, world, writers, is_on_host) >= tried[-1][0]:
+            continue  # what it gathers for a while is more than what it shares out
+        tried.append((_needed(config, of_policy, stage, world, writers, is_on_host), stage))
+        fits = tried[-1][0] <= (USABLE_AT_3 if stage == 3 else USABLE) * room_bytes
+        if fits:
             break
-    verdict = "fits" if needed <= USABLE * room_bytes else "is the least there is"
-    return stage, f"ZeRO stage auto: {stage} {verdict} (GiB: {', '.join(told)} of {room_bytes / 2**30:.2f} for a rank)"
+    stage = tried[-1][1] if fits else min(tried)[1]
+    told = ", ".join(f"{one} {needed / 2**30:.2f}" for needed, one in tried)
+    verdict = "fits" if fits else "is the least there is"
+    return stage, f"ZeRO stage auto: {stage} {verdict} (GiB: {told} of {room_bytes / 2**30:.2f} for a rank)"
+
+
+def _needed(
+    config: PretrainConfig, policy: Checkpointing, stage: int, world: int, writers: int, is_on_host: bool
+) -> float:
+    memory = rank_memory(cost_of(config, policy), with_stage(config, stage), world, writers, is_on_host)
+    return memory.needed(is_on_host)
+
+
+USABLE_AT_3 = 0.65
+"""Of the memory at stage 3, where predictions were a quarter too low (docs/benchmarks)."""
 
 
 def with_stage(config: PretrainConfig, stage: int) -> PretrainConfig:
@@ -79,14 +93,14 @@ def resolve_checkpointing(config: PretrainConfig, ranks: Ranks, writers: int = 1
     def needed_bytes(cost: Cost) -> float:
         return rank_memory(cost, config, ranks.world, writers, is_on_host).needed(is_on_host)
 
-    return ranks.broadcast(choose_policy(config, least, needed_bytes) if ranks.rank == 0 else ("none", ""))
+    return ranks.on_first(lambda: choose_policy(config, least, needed_bytes))
 
 
 def free_bytes(device: torch.device) -> int:
-    """What is free on the device now."""
+    """What is free on the device now; on a CPU what the cgroup leaves, with what files are cached in."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return free_memory()[0]
 
 
 def peak_resident_bytes() -> int:

@@ -10,9 +10,12 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import psutil
 import pytest
+import torch
 
 from mim_scale import disk
 from mim_scale.cli import run
@@ -25,6 +28,7 @@ from mim_scale.doctor.finding import Finding, run_check
 from mim_scale.doctor.report import Report
 from mim_scale.errors import ConfigError
 from mim_scale.store.dataset import Dataset
+from mim_scale.training import host, memory
 from mim_scale.training.checkpoint import CheckpointFolder
 from mim_scale.training.run_folder import LOCK
 from tests.synthetic import make_dataset
@@ -234,9 +238,8 @@ def test_a_library_that_cannot_be_imported(
 
 
 def test_a_gpu_that_torch_was_not_built_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    torch = pytest.importorskip("torch")
     (tmp_path / "driver" / "nvidia" / "gpus" / "0000:01:00.0").mkdir(parents=True)
-    monkeypatch.setattr(doctor_machine, "PROC", tmp_path)
+    monkeypatch.setattr(host, "PROC", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     found = run_check("devices", doctor_machine.devices)
@@ -268,12 +271,14 @@ def test_limits_of_a_cgroup(tmp_path: Path, version: int, monkeypatch: pytest.Mo
     if version == 1:
         (top / "cpu").rename(top / "cpu,cpuacct")
     (tmp_path / "self" / "cgroup").write_text(lines)
-    monkeypatch.setattr(doctor_machine, "PROC", tmp_path)
-    monkeypatch.setattr(doctor_machine, "SYS", tmp_path)
-    assert doctor_machine.memory_limit() == 2**30
-    free, whole = doctor_machine.free_memory()
-    assert (min(free, 2**29), whole) == (free, 2**30)
-    assert doctor_machine.usable_cores() == 1
+    monkeypatch.setattr(host, "PROC", tmp_path)
+    monkeypatch.setattr(host, "SYS", tmp_path)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=2**40, total=2**41))
+    assert host.memory_limit() == 2**30
+    # Pages that files are cached in are given back.
+    assert host.free_memory() == (2**29, 2**30)
+    assert memory.free_bytes(torch.device("cpu")) == 2**29
+    assert host.usable_cores() == 1
     assert ["the cgroup allows 1.0 GiB" in one.found for one in doctor_machine.memory()] == [True]
     processes = [one for one in doctor_machine.limits() if one.check == "processes"]
     assert levels(processes) == ["warning"]
