@@ -34,7 +34,7 @@ EVERY = 20
 """Steps between checkpoints; the losses after the change are compared over as many."""
 TOLERANCE = 1e-5
 GAPS_S = (60.0, 240.0)
-STEPS_A_MINUTE = 50
+STEPS_A_MINUTE = 100
 LIMIT_S = 600
 Rows = dict[int, dict[str, Any]]
 SHOTS = ("SIGKILL to a rank", "SIGKILL to the launcher", "SIGTERM to the supervisor", "SIGKILL to the supervisor")
