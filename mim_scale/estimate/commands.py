@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ GIB = 2**30
 MTBF_H = 6000.0
 RESTART_S = 300.0
 LATENCY_US = 20.0
+MOST = 10**12
+"""Of any number that is typed in: products of several stay numbers."""
 
 
 def add_estimate(verbs: Any) -> None:
@@ -112,12 +113,12 @@ def _refuse_odd(options: argparse.Namespace) -> None:
     for name in ("run_steps", "nodes", "ranks_per_node", "world", "cores", "volumes"):
         value = getattr(options, name)
         least = 5 if name == "run_steps" else 1
-        if value is not None and value < least:
-            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more")
+        if value is not None and not least <= value <= MOST:
+            raise ConfigError(f"--{name.replace('_', '-')} is {value}, expected {least} or more, up to {MOST:g}")
     for name in ("mtbf", "restart", "epochs", "memory"):
         value = getattr(options, name)
-        if value is not None and not (value > 0 and math.isfinite(value)):
-            raise ConfigError(f"--{name} is {value:g}, expected more than 0")
+        if value is not None and not 0 < value <= MOST:
+            raise ConfigError(f"--{name} is {value:g}, expected more than 0, up to {MOST:g}")
     if options.world is not None and options.nodes is not None:
         raise ConfigError("--world and --nodes say the same twice: give one, with --ranks-per-node")
     if options.beside and options.run_steps is None and options.source is None:

@@ -1,6 +1,5 @@
 """What a run takes on a cluster: its steps in hours, its disk and its memory, from a config, a cost and a pace."""
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -9,6 +8,7 @@ from typing import Any
 
 from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.errors import ConfigError, StoreError
+from mim_scale.estimate.files import PlanFile, read_file
 from mim_scale.estimate.scaling import (
     Cluster,
     Failures,
@@ -133,13 +133,9 @@ def find_corpus(config: PretrainConfig, volumes: int | None, plan: Path | None) 
 def _known_corpus(config: PretrainConfig, plan: Path | None) -> tuple[Corpus, float | None]:
     """(corpus, bytes of a volume)."""
     if plan is not None:
-        try:
-            values = json.loads(plan.read_bytes())
-            count, size = int(values["num_sources"]) - int(values["num_refused"]), float(values["bytes_stored"])
-        except OSError as error:
-            raise ConfigError(f"--plan {plan}: {error.strerror}; make it with `mim-scale data plan --json`") from None
-        except (ValueError, KeyError, TypeError):
-            raise ConfigError(f"--plan {plan}: is not what `mim-scale data plan --json` prints") from None
+        wanted, remedy = "not what `mim-scale data plan --json` prints", "; make it with `mim-scale data plan --json`"
+        found = read_file(PlanFile, plan, "--plan", wanted, remedy)
+        count, size = found.num_sources - found.num_refused, found.bytes_stored
         return Corpus(count, size, str(plan)), size / count if count else None
     if not has_data(config):
         return Corpus(None, None, ""), None
