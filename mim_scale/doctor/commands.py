@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 
 WAIT_S = 300.0
 """How long the other ranks may take to come."""
+LONGEST_S = 86400.0
+RANKS_PER_CORE = 4
+"""More than so many say nothing of a run, and may leave the machine without memory."""
 
 
 def add_doctor(verbs: Any) -> None:
@@ -44,8 +47,8 @@ def add_doctor(verbs: Any) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     if options.config is None and options.overrides:
         raise ConfigError(f"{options.overrides[0]}: there is no config to replace a setting of; give --config FILE")
-    if options.wait <= 0:
-        raise ConfigError(f"--wait {options.wait:g}: give seconds above 0")
+    if not 0 < options.wait <= LONGEST_S:
+        raise ConfigError(f"--wait {options.wait:g}: give seconds above 0, up to a day ({LONGEST_S:g})")
     # So that what is written for a moment goes before the process does.
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
@@ -134,8 +137,12 @@ def _start_ranks(options: argparse.Namespace) -> int:
     """The same command once for each rank, on this machine; the code is rank 0's."""
     import socket
 
+    from mim_scale.training.host import usable_cores
+
     if options.ranks < 1:
         raise ConfigError(f"--ranks is {options.ranks}, expected 1 or more")
+    if options.ranks > (most := RANKS_PER_CORE * usable_cores()):
+        raise ConfigError(f"--ranks {options.ranks} is more than {most}, four for each core; take fewer")
     if "RANK" in os.environ:
         raise ConfigError("--ranks starts ranks by itself: leave it out under a launcher, or start without one")
     with socket.socket() as probe:

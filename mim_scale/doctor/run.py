@@ -1,6 +1,7 @@
 """What `mim-scale doctor` looks at in a config: its store, its run folder, and whether it fits ranks and machine."""
 
-import fcntl
+import contextlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,7 +10,7 @@ from mim_scale.config import PretrainConfig
 from mim_scale.doctor import disk as doctor_disk
 from mim_scale.doctor.finding import Finding, gib
 from mim_scale.errors import CheckpointError, OtherVersionError, StoreError
-from mim_scale.training.host import free_memory, usable_cores
+from mim_scale.training.host import PROC, free_memory, usable_cores
 
 MANY_THREADS = 4
 """Readers and ranks for each core above which they hinder each other."""
@@ -137,8 +138,7 @@ def run_folder(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
     if not output.is_dir():
         yield Finding("ok", "run folder", f"{output} will be made")
         return
-    if _is_locked(output / LOCK):
-        yield Finding("note", "run folder", f"{output}: a run is alive in it", "a second one will be refused")
+    yield from _tenant(output, output / LOCK)
     if (output / CONFIG).is_file():
         refuse_other_run(load_config(PretrainConfig, output / CONFIG), config, str(output / CONFIG))
     folders = CheckpointFolder(output / CHECKPOINTS, config.checkpoint.keep).folders()
@@ -165,16 +165,25 @@ def run_folder(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
     yield Finding("ok", "run folder", f"{output}: {verb} step {newest.step} of {config.train.steps}")
 
 
+def _tenant(output: Path, lock: Path) -> Iterator[Finding]:
+    """A run that has the folder. Its lock is never tried: a run that starts in that instant would be refused."""
+    from mim_scale.training.status import holder_of
+
+    who, seems_alive = holder_of(lock)
+    if _is_locked(lock):
+        yield Finding("note", "run folder", f"{output}: a run is alive in it", "a second one will be refused")
+    elif seems_alive:
+        remedy = "a second one will be refused while it lives"
+        yield Finding("note", "run folder", f"{output}: {who} may be alive in it", remedy)
+
+
 def _is_locked(path: Path) -> bool:
-    """Whether another process holds a lock, which is not touched."""
+    """Whether a process that this machine knows of holds a lock, by the kernel's list of them."""
     try:
-        with open(path, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
+        file, held = path.stat(), (PROC / "locks").read_text()
     except OSError:
         return False
-    return False
+    return f"{os.major(file.st_dev):02x}:{os.minor(file.st_dev):02x}:{file.st_ino}" in held.split()
 
 
 def disks(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
@@ -183,7 +192,7 @@ def disks(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
 
     output, keep = Path(config.output), config.checkpoint.keep
     one = facts.save_bytes
-    there = sum(file.stat().st_size for file in (output / CHECKPOINTS).glob("step_*/*") if file.is_file())
+    there = sum(_size(folder) for folder in (output / CHECKPOINTS).glob("step_*"))
     # One more than are kept: the newest stands before the oldest goes.
     needed = max((keep + 1) * one - there, one)
     yield from doctor_disk.room("disk of output", output, needed, one, f"{keep} checkpoints and the one being written")
@@ -191,3 +200,13 @@ def disks(config: PretrainConfig, facts: Facts) -> Iterator[Finding]:
     if where.is_dir():
         kind = doctor_disk.kind_of(where)
         yield Finding("ok", "disk of store", f"{where} lies on {kind}")
+
+
+def _size(folder: Path) -> int:
+    """Bytes of the files in a folder; a run that is alive may be deleting it."""
+    size = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                size += os.stat(os.path.join(inside, name)).st_size
+    return size

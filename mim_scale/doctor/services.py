@@ -1,6 +1,8 @@
 """What `mim-scale doctor` asks of the servers that a run speaks to: MLflow, and a Ray cluster of the user's own."""
 
 import base64
+import errno
+import http.client
 import json
 import os
 import sqlite3
@@ -39,15 +41,28 @@ def mlflow(uri: str | None, experiment: str, output: Path) -> Iterator[Finding]:
         yield from _sqlite(output / "mlflow.db")
     elif uri.startswith("sqlite:///"):
         yield from _sqlite(Path(uri.removeprefix("sqlite:///")))
+    elif not _can_be_read(uri):
+        remedy = "write tracking.mlflow as http://host:port; training would go on without it"
+        yield Finding("warning", "mlflow", f"{uri.rpartition('@')[2]} is no address", remedy)
     elif uri.startswith(("http://", "https://")):
         yield from _server(uri.rstrip("/"), experiment)
     else:
         yield Finding("note", "mlflow", f"{_told(uri)}: not looked at; only http(s), sqlite and `auto` are")
 
 
+def _can_be_read(uri: str) -> bool:
+    try:
+        _ = urllib.parse.urlsplit(uri).port
+    except ValueError:
+        return False
+    return True
+
+
 def _sqlite(path: Path) -> Iterator[Finding]:
     """One that is there is locked and let go; in place of one that is not, another is made beside and deleted."""
     try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "is a folder, not a database")
         if path.is_file():
             with_lock = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=2)
             with_lock.execute("BEGIN IMMEDIATE")
@@ -115,8 +130,11 @@ def _call(uri: str, path: str, values: dict[str, Any] | None = None, text: bool 
     bare = urllib.parse.urlunsplit(parts._replace(netloc=parts.netloc.rpartition("@")[2]))
     headers = {"Content-Type": "application/json", **_authorization(os.environ, parts)}
     data = None if values is None else json.dumps(values).encode()
-    with urllib.request.urlopen(urllib.request.Request(bare + path, data, headers), timeout=ANSWER_S) as answer:
-        body = answer.read(1 << 20).decode(errors="replace").strip()
+    try:
+        with urllib.request.urlopen(urllib.request.Request(bare + path, data, headers), timeout=ANSWER_S) as answer:
+            body = answer.read(1 << 20).decode(errors="replace").strip()
+    except (http.client.HTTPException, ValueError) as error:
+        raise OSError(f"{type(error).__name__}: {short(error)}") from None  # no HTTP, or no address
     try:
         return body if text else json.loads(body or "{}")
     except ValueError:

@@ -74,7 +74,7 @@ def read_status(folder: Path) -> Status:
     done = steps[-1]["step"] if steps else 0
     rate = statistics.median(row["samples_per_second"] for row in recent) if recent else None
     saved = _newest_checkpoint(folder / CHECKPOINTS)
-    holder, is_alive = _holder(folder / LOCK)
+    holder, is_alive = holder_of(folder / LOCK)
     is_finished = saved is not None and saved[0] >= config.train.steps
     return Status(
         state="finished" if is_finished else "running" if is_alive else "not running",
@@ -142,7 +142,7 @@ def _newest_checkpoint(folder: Path) -> tuple[int, float] | None:
     return max(found, default=None)
 
 
-def _holder(path: Path) -> tuple[str, bool]:
+def holder_of(path: Path) -> tuple[str, bool]:
     """(who, whether it seems alive): of another machine's process only the lock's text is known here."""
     try:
         entry: dict[str, Any] = json.loads(path.read_bytes())

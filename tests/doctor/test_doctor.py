@@ -17,11 +17,9 @@ import psutil
 import pytest
 import torch
 
-from mim_scale import disk
 from mim_scale.cli import run
 from mim_scale.commit import TEMPORARY
 from mim_scale.config_file import config_values
-from mim_scale.doctor import disk as doctor_disk
 from mim_scale.doctor import machine as doctor_machine
 from mim_scale.doctor import run as doctor_run
 from mim_scale.doctor.finding import Finding, run_check
@@ -31,21 +29,11 @@ from mim_scale.store.dataset import Dataset
 from mim_scale.training import host, memory
 from mim_scale.training.checkpoint import CheckpointFolder
 from mim_scale.training.run_folder import LOCK
+from tests.doctor.findings import everything_below, levels
 from tests.synthetic import make_dataset
 from tests.training.checkpoints import FACTS, save_state, state
-from tests.training.jobs import ROOT, environment, write_config
+from tests.training.jobs import environment, write_config
 from tests.training.standin import small_config
-
-TELL = "import sys; from pathlib import Path; from mim_scale.doctor.disk import *; {}"
-WRITING = TELL.format(
-    "print(*[f'{one.level} {one.check}: {one.found}' for one in writing(Path(sys.argv[1]))], sep='\\n')"
-)
-
-
-@pytest.fixture(autouse=True)
-def _little_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is not looked at here."""
-    monkeypatch.setattr(doctor_disk, "PIECES", 1)
 
 
 @pytest.fixture(scope="module")
@@ -70,14 +58,6 @@ def examined(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, 
         assert entry.pop("host")
         found.setdefault(entry["check"], []).append(Finding(**entry))
     return code, found
-
-
-def levels(found: list[Finding]) -> list[str]:
-    return [one.level for one in found]
-
-
-def everything_below(folder: Path) -> set[Path]:
-    return set(folder.rglob("*"))
 
 
 def test_with_nothing_but_the_package(
@@ -144,6 +124,42 @@ def test_an_output_that_is_a_file(config: Path, capsys: pytest.CaptureFixture[st
     code, found = examined(capsys, "--config", str(config), f"output={config}/run")
     assert (code, levels(found["writing"]), levels(found["disk of output"])) == (2, ["error"], ["error"])
     assert found["writing"][0].found == f"{config} is no folder"
+
+
+def test_a_lock_is_looked_at_and_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that starts at that instant must get it; of one on another machine only its own word is known."""
+    taken: list[Any] = []
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: taken.append(arguments))
+    settings = small_config(output=str(tmp_path))
+    for word, found in (
+        ({"pid": 1, "host": "elsewhere"}, "process 1 on elsewhere may be alive in it"),
+        ({"pid": 2**22 + 1, "host": os.uname().nodename}, "no checkpoint yet"),
+    ):
+        (tmp_path / LOCK).write_text(json.dumps(word))
+        assert found in next(iter(doctor_run.run_folder(settings, doctor_run.Facts()))).found
+    assert taken == []
+
+
+def test_checkpoints_that_go_while_they_are_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for step in (1, 2):
+        folder = tmp_path / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        for name in ("a", "b"):
+            (folder / name).write_bytes(bytes(100))
+    real = os.walk
+
+    def walk(folder: Path) -> Iterator[Any]:
+        for inside, folders, names in real(folder):
+            os.remove(Path(inside) / "a")
+            yield inside, folders, names
+
+    monkeypatch.setattr(os, "walk", walk)
+    facts = doctor_run.Facts(parameters=10**6)
+    found = list(doctor_run.disks(small_config(output=str(tmp_path)), facts))
+    assert "checkpoints and the one being written take" in found[0].found
+    assert [path.name for path in tmp_path.glob("checkpoints/*/*")] == ["b", "b"]
+    shutil.rmtree(folder)
+    assert doctor_run._size(folder) == 0
 
 
 @pytest.mark.parametrize(("parameters", "level"), [(10**6, "ok"), (10**14, "error")])
@@ -295,84 +311,6 @@ def test_few_open_files() -> None:
     assert levels(found) == ["warning"]
     assert "512 may be open" in found[0].found
     assert "ulimit -n" in found[0].remedy
-
-
-def mounted(folder: Path, options: str, code: str) -> str:
-    """What a program says with a tmpfs of its own at a folder; skips where nobody may mount."""
-    mount = f"mount -t tmpfs -o {options} tmpfs {folder}"
-    if (
-        shutil.which("unshare") is None
-        or subprocess.run(["unshare", "-rm", "sh", "-c", mount], capture_output=True, check=False).returncode
-    ):
-        pytest.skip("this machine lets nobody mount a file system of his own")
-    job = subprocess.run(
-        ["unshare", "-rm", "sh", "-c", f'{mount} && "$@"; ls -A {folder}', "sh", sys.executable, "-c", code, folder],
-        cwd=ROOT,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert "Traceback" not in job.stderr, job.stderr
-    return job.stdout
-
-
-def test_a_read_only_disk(tmp_path: Path) -> None:
-    said = mounted(tmp_path, "ro,size=2m", WRITING)
-    assert said.splitlines() == [f"error writing: {tmp_path}: cannot be written: Read-only file system"]
-
-
-def test_a_folder_that_may_not_be_written(tmp_path: Path) -> None:
-    tmp_path.chmod(0o555)
-    # Of root alone modes ask nothing, unless it gives that right up.
-    lesser = ["setpriv", "--bounding-set=-dac_override", "--inh-caps=-all"] if os.geteuid() == 0 else []
-    if lesser and (shutil.which("setpriv") is None or subprocess.run([*lesser, "true"], check=False).returncode):
-        pytest.skip("this machine's root can write anywhere")
-    job = subprocess.run(
-        [*lesser, sys.executable, "-c", WRITING, tmp_path / "run"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    tmp_path.chmod(0o755)
-    assert job.stdout.splitlines() == [f"error writing: {tmp_path}: cannot be written: Permission denied"], job.stderr
-
-
-def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small one, filled up by what is measured, and any one at the first byte; nothing is left on either."""
-    said = mounted(tmp_path, "size=4m", WRITING)
-    assert said.splitlines() == [f"error writing: {tmp_path}: cannot be written: No space left on device"]
-
-    def full(file: Any, data: Any) -> int:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(disk, "write", full)
-    found = list(doctor_disk.writing(tmp_path))
-    assert levels(found) == ["error"]
-    assert "free space" in found[0].remedy
-    assert everything_below(tmp_path) == set()
-
-
-def test_room_for_checkpoints(tmp_path: Path) -> None:
-    free = shutil.disk_usage(tmp_path).free
-    assert levels(list(doctor_disk.room("disk", tmp_path / "run", free // 2, 1, "checkpoints")))[0] == "ok"
-    assert levels(list(doctor_disk.room("disk", tmp_path / "run", free * 2, 1, "checkpoints")))[0] == "warning"
-    assert levels(list(doctor_disk.room("disk", tmp_path / "run", free * 4, free * 2, "checkpoints")))[0] == "error"
-    said = mounted(tmp_path, "size=4m", TELL.format("print([one.found for one in room('disk', Path(sys.argv[1]))])"))
-    assert "is memory: gone when the machine restarts" in said
-
-
-def test_a_disk_without_locks_and_without_exchanges(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuses(file: Any, flags: int) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(disk, "exchange", lambda one, other: False)
-    monkeypatch.setattr(fcntl, "flock", refuses)
-    found = {one.check: one.level for one in doctor_disk.writing(tmp_path)}
-    assert (found["renames"], found["locks"]) == ("note", "warning")
-    monkeypatch.setattr(fcntl, "flock", lambda file, flags: None)  # as `nolock` mounts do: granted, and no lock
-    assert {one.check: one.level for one in doctor_disk.writing(tmp_path)}["locks"] == "warning"
 
 
 def test_ended_in_the_middle_nothing_is_left(tmp_path: Path) -> None:

@@ -15,12 +15,9 @@ import pytest
 
 from mim_scale.doctor import services as doctor_services
 from mim_scale.doctor.finding import Finding, run_check
+from tests.doctor.findings import levels
 from tests.training.jobs import environment, free_port
 from tests.training.mlflow_server import Server
-
-
-def levels(found: list[Finding]) -> list[str]:
-    return [one.level for one in found]
 
 
 class _Answers(BaseHTTPRequestHandler):
@@ -90,6 +87,37 @@ def test_an_mlflow_server_that_says_nothing(monkeypatch: pytest.MonkeyPatch, tmp
     assert (found.level, found.found.endswith("does not answer: timed out")) == ("warning", True)
 
 
+@pytest.mark.parametrize(
+    ("uri", "said"),
+    [
+        ("http://user:secret@[bad", "[bad is no address"),
+        ("http://host:port", "http://host:port is no address"),
+        ("file://[bad", "file://[bad is no address"),
+        ("http://", "does not answer: "),
+        ("http://two words", "does not answer: InvalidURL"),
+        ("http://two..dots", "does not answer: UnicodeError"),
+    ],
+)
+def test_a_uri_that_is_none(uri: str, said: str, tmp_path: Path) -> None:
+    """It is the user's to mend, never a check that failed."""
+    found = mlflow_found(uri, tmp_path)
+    assert (found.level, said in found.found, found.remedy != "") == ("warning", True, True), found
+
+
+def test_a_server_of_another_kind(tmp_path: Path) -> None:
+    """It answers, but not by HTTP."""
+
+    def answer(listening: socket.socket) -> None:
+        with listening.accept()[0] as one:
+            one.recv(1 << 16)
+            one.sendall(b"SSH-2.0-Another\r\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        threading.Thread(target=answer, args=(listening,), daemon=True).start()
+        found = mlflow_found(f"http://127.0.0.1:{listening.getsockname()[1]}", tmp_path)
+    assert (found.level, "does not answer: BadStatusLine" in found.found) == ("warning", True), found
+
+
 def test_mlflow_in_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mlflow.db"
     assert mlflow_found("auto", tmp_path).level == "ok"
@@ -100,6 +128,8 @@ def test_mlflow_in_a_file(tmp_path: Path) -> None:
     path.write_bytes(b"no database" * 100)
     found = mlflow_found(f"sqlite:///{path}", tmp_path)
     assert (found.level, "not a database" in found.found) == ("warning", True)
+    found = mlflow_found(f"sqlite:///{tmp_path}", tmp_path)
+    assert (found.level, "is a folder, not a database" in found.found) == ("warning", True)
     assert mlflow_found("databricks", tmp_path).level == "note"
 
 
