@@ -82,18 +82,23 @@ def _finish(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def exchanges(ranks: Ranks, parameters: int | None) -> tuple[list[Exchange], list[Finding]]:
-    """The table, on cores by gloo and on GPUs by NCCL, and what it means."""
+def exchanges(ranks: Ranks, parameters: int | None, on_gpus: bool) -> tuple[list[Exchange], list[Finding]]:
+    """The table, on cores by gloo and on GPUs by NCCL, and what it means.
+
+    Args:
+        parameters: Of the network, to say what its gradients take; None where that is not known.
+        on_gpus: Whether NCCL is measured too; the same on all ranks, each of which has a GPU then.
+    """
     hosts = len(set(ranks.gather_objects(socket.gethostname())))
     table = measure(ranks, torch.device("cpu"))
-    if ranks.device.type == "cuda":
+    if on_gpus:
         table += measure(ranks, ranks.device)
     wrong = [f"{one.bytes:,} bytes on {one.device}" for one in table if not one.is_right]
     if wrong:
         what = f"wrong sums: {', '.join(wrong)}"
         return table, [Finding("error", "all-reduce", what, "replace or update the network card, its driver, or NCCL")]
-    best = max((one for one in table if one.device == ranks.device.type), key=lambda one: one.gb_per_s)
-    library = "NCCL" if ranks.device.type == "cuda" else "gloo"
+    best = max((one for one in table if (one.device == "cuda") == on_gpus), key=lambda one: one.gb_per_s)
+    library = "NCCL" if on_gpus else "gloo"
     told = (
         f"{ranks.world} ranks on {hosts} machine(s), {library}: {best.gb_per_s:,.2f} GB/s, "
         f"{table[0].seconds * 1e3:,.2f} ms for 4 bytes"
@@ -176,17 +181,24 @@ def device_of(ranks: Ranks) -> str | None:
     return str(torch.cuda.get_device_properties(ranks.device).uuid)
 
 
-def shared_devices(used: Sequence[tuple[str, str | None]]) -> list[Finding]:
-    """Ranks that compute on one GPU.
+def devices(used: Sequence[tuple[str, str | None]]) -> list[Finding]:
+    """Ranks that cannot exchange gradients: some without a GPU beside some with one, or several on one.
 
     Args:
         used: Host and GPU of each rank.
     """
-    crowded = sorted({host for host, gpu in used if gpu is not None and used.count((host, gpu)) > 1})
-    if not crowded:
-        return []
-    text = f"several ranks share a GPU on {', '.join(crowded)}"
-    return [Finding("warning", "devices", text, "start one rank for each GPU, and let each see all or its own")]
+    found = []
+    without = sorted({host for host, gpu in used if gpu is None})
+    having = sorted({host for host, gpu in used if gpu is not None})
+    if without and having:
+        text = f"ranks compute on cores on {', '.join(without)}, but on GPUs on {', '.join(having)}"
+        remedy = "mend the driver, torch or CUDA_VISIBLE_DEVICES where GPUs are missing, or hide them from all ranks"
+        found.append(Finding("error", "devices", text, remedy))
+    if crowded := sorted({host for host, gpu in used if gpu is not None and used.count((host, gpu)) > 1}):
+        text = f"several ranks share a GPU on {', '.join(crowded)}, which NCCL refuses"
+        remedy = "start one rank for each GPU, and let each see all or its own"
+        found.append(Finding("error", "devices", text, remedy))
+    return found
 
 
 def shared_folder(ranks: Ranks, output: Path) -> list[Finding]:

@@ -137,9 +137,12 @@ def _together(
     with joined(placement, timedelta(seconds=wait_s)) as ranks:
         told = ranks.gather_objects((host, placement.local_rank == 0, facts, findings))
         machines = [(name, one) for name, is_first, one, _ in told if is_first]
-        table, met = doctor_ranks.exchanges(ranks, machines[0][1].parameters)
-        met += [doctor_ranks.clocks(ranks), *doctor_ranks.alike(machines)]
-        met += doctor_ranks.shared_devices(ranks.gather_objects((host, doctor_ranks.device_of(ranks))))
+        used = ranks.gather_objects((host, doctor_ranks.device_of(ranks)))
+        # Before NCCL would wait for ranks without a GPU, or end for two on one.
+        refused = doctor_ranks.devices(used)
+        on_gpus = not refused and all(gpu is not None for _, gpu in used)
+        table, met = doctor_ranks.exchanges(ranks, machines[0][1].parameters, on_gpus)
+        met += [*refused, doctor_ranks.clocks(ranks), *doctor_ranks.alike(machines)]
         met += doctor_ranks.shared_folder(ranks, Path(config.output) if config is not None else Path())
         networks = ranks.gather_objects((host, placement.local_rank == 0, doctor_ranks.network(len(machines))))
     everywhere = [entry for *_, own in told for entry in own]

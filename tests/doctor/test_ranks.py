@@ -3,20 +3,27 @@
 import json
 import subprocess
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from mim_scale.cli import run as run_verb
 from mim_scale.doctor import ranks as doctor_ranks
+from mim_scale.doctor import report
 from mim_scale.doctor.commands import told
 from mim_scale.doctor.finding import Finding
 from mim_scale.doctor.ranks import Exchange, alike, skew
 from mim_scale.doctor.report import Report, ranks_here
 from mim_scale.doctor.run import Facts
 from mim_scale.errors import ConfigError
+from mim_scale.training import ranks as training_ranks
+from mim_scale.training.placement import Placement
 from mim_scale.training.ranks import Ranks
 from tests.launch.nodes import two_nodes, why_not
 from tests.synthetic import make_dataset
@@ -141,6 +148,7 @@ def test_two_nodes_alike_and_one_that_differs(tmp_path: Path) -> None:
 DIES = """
 import os
 from mim_scale.doctor import ranks as doctor_ranks
+from mim_scale.doctor import report
 doctor_ranks.clocks = lambda ranks: os._exit(9)
 from mim_scale.cli import main
 main()
@@ -166,8 +174,12 @@ def test_ranks_inside_ranks_are_refused(monkeypatch: pytest.MonkeyPatch) -> None
     with pytest.raises(ConfigError, match="leave it out under a launcher"):
         run_verb(["doctor", "--ranks", "2"])
     monkeypatch.delenv("RANK")
-    with pytest.raises(ConfigError, match="expected 1 or more"):
-        run_verb(["doctor", "--ranks", "0"])
+    for ranks, line in (("0", "expected 1 or more"), ("100000", "four for each core")):
+        with pytest.raises(ConfigError, match=line):
+            run_verb(["doctor", "--ranks", ranks])
+    for wait in ("0", "nan", "inf", "1e12"):
+        with pytest.raises(ConfigError, match="give seconds above 0, up to a day"):
+            run_verb(["doctor", "--ranks", "2", "--wait", wait])
 
 
 def test_ranks_of_a_machine() -> None:
@@ -182,11 +194,11 @@ def test_a_wrong_sum_and_a_slow_network(monkeypatch: pytest.MonkeyPatch) -> None
     """A card that adds wrongly cannot be had here: what its table would say is judged."""
     ranks = Ranks(0, 1, 0, torch.device("cpu"))
     monkeypatch.setattr(doctor_ranks, "measure", lambda *_: [Exchange("cpu", 4, 0.1, 0.01, True)])
-    assert [one.level for one in doctor_ranks.exchanges(ranks, 1000)[1]] == ["ok"]
+    assert [one.level for one in doctor_ranks.exchanges(ranks, 1000, False)[1]] == ["ok"]
     monkeypatch.setattr(Ranks, "gather_objects", lambda self, value: [value, "another"])
-    assert [one.level for one in doctor_ranks.exchanges(ranks, 1000)[1]] == ["warning"]
+    assert [one.level for one in doctor_ranks.exchanges(ranks, 1000, False)[1]] == ["warning"]
     monkeypatch.setattr(doctor_ranks, "measure", lambda *_: [Exchange("cpu", 4, 0.1, 1.0, False)])
-    (found,) = doctor_ranks.exchanges(ranks, 1000)[1]
+    (found,) = doctor_ranks.exchanges(ranks, 1000, False)[1]
     assert (found.level, found.found) == ("error", "wrong sums: 4 bytes on cpu")
 
 
@@ -203,11 +215,57 @@ def test_clocks_and_machines_that_differ() -> None:
     assert found[1].found == f"other datasets: {'a' * 16} on n1, {'b' * 16} on n2"
 
 
-def test_ranks_that_share_a_gpu() -> None:
-    assert doctor_ranks.shared_devices([("n1", None), ("n1", None)]) == []
-    assert doctor_ranks.shared_devices([("n1", "GPU-a"), ("n1", "GPU-b"), ("n2", "GPU-a")]) == []
-    (found,) = doctor_ranks.shared_devices([("n1", "GPU-a"), ("n2", "GPU-c"), ("n2", "GPU-c")])
-    assert (found.level, found.found) == ("warning", "several ranks share a GPU on n2")
+def test_ranks_that_share_a_gpu_or_have_none() -> None:
+    assert doctor_ranks.devices([("n1", None), ("n1", None)]) == []
+    assert doctor_ranks.devices([("n1", "GPU-a"), ("n1", "GPU-b"), ("n2", "GPU-a")]) == []
+    (found,) = doctor_ranks.devices([("n1", "GPU-a"), ("n2", "GPU-c"), ("n2", "GPU-c")])
+    assert (found.level, found.found) == ("error", "several ranks share a GPU on n2, which NCCL refuses")
+    (found,) = doctor_ranks.devices([("n1", "GPU-a"), ("n2", None)])
+    assert (found.level, found.found) == ("error", "ranks compute on cores on n2, but on GPUs on n1")
+
+
+class _Two(Ranks):
+    """Rank 0 on a GPU, and another that answers as it does but for the device."""
+
+    other: str | None = None
+
+    def gather(self, values: Sequence[float]) -> NDArray[np.float64]:
+        return np.array([values, values], np.float64)
+
+    def gather_objects(self, value: Any) -> list[Any]:
+        return [value, (value[0], self.other) if value[-1] == "GPU-a" else value]
+
+    def broadcast(self, value: Any) -> Any:
+        return value
+
+
+@pytest.mark.parametrize(
+    ("other", "measured", "said"),
+    [("GPU-b", ["cpu", "cuda"], []), ("GPU-a", ["cpu"], ["several ranks share"]), (None, ["cpu"], ["on cores on"])],
+)
+def test_nccl_is_not_tried_where_it_cannot_work(
+    other: str | None, measured: list[str], said: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No GPU is needed: what each rank would measure is noted."""
+    ranks = _Two(0, 2, 0, torch.device("cuda", 0))
+    tried: list[str] = []
+
+    def measure(ranks: Ranks, device: torch.device) -> list[Exchange]:
+        tried.append(device.type)
+        return [Exchange(device.type, 4, 0.1, 1.0 + len(tried), True)]
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_Two, "other", other)
+    monkeypatch.setattr(report, "_look_at_machine", lambda *_: [])
+    monkeypatch.setattr(training_ranks, "joined", lambda *_: nullcontext(ranks))
+    monkeypatch.setattr(doctor_ranks, "device_of", lambda _: "GPU-a")
+    monkeypatch.setattr(doctor_ranks, "measure", measure)
+    found = report.examine(None, [], Placement(0, 2, 0, "127.0.0.1", 0), 1.0)
+    assert (tried, [one.device for one in found.exchanges]) == (measured, measured)
+    errors = [one.found for _, one in found.findings if one.level == "error"]
+    assert [words in text for words, text in zip(said, errors, strict=True)] == [True] * len(said)
+    (exchange,) = [one.found for _, one in found.findings if one.check == "all-reduce"]
+    assert ("NCCL" if len(measured) == 2 else "gloo") in exchange
 
 
 def test_findings_of_several_machines_are_told_once() -> None:
