@@ -24,10 +24,9 @@ from tests.synthetic import make_dataset
 from tests.training.standin import small_config
 
 COUNT = 300
-VOLUMES = 59
+VOLUMES = 41
 """A prime above every batch: no step ends where an epoch does."""
 STEPS = 2
-"""That are looked at; the run would go on."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 def config_of(dataset: Dataset, change: Change) -> PretrainConfig:
-    values = config_values(small_config(str(dataset.path), batch=change.batch, steps=3))
-    values["train"]["micro_batch"] = change.micro_batch
+    values = config_values(small_config(str(dataset.path), batch=change.batch))
+    values["train"] |= {"micro_batch": change.micro_batch, "steps": STEPS}
+    values["optimizer"]["warmup_steps"] = 0
     values["plan"] |= {"box": [8, 8, 8], "view": [8, 8, 8], "token": [4, 4, 4]}
     values["plan"]["levels"][1]["views"] = values["plan"]["levels"][2]["views"] = 1
     return check_config(PretrainConfig, values, "worlds")
@@ -87,7 +87,7 @@ def alone(reader: SampleReader) -> Callable[[int], Sample]:
 
 
 def life(reader: SampleReader, config: PretrainConfig, place: tuple[int, int], steps: range) -> list[list[Batch]]:
-    """What each rank takes in these steps of a run that would go on: its schedule is the whole rest."""
+    """What each rank takes in these steps; its schedule is all that is left of the run."""
     world, workers = place
     taken = []
     for rank in range(world):
