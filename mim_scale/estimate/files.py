@@ -68,6 +68,7 @@ class CalibrationFile(Section):
     steps: Count
     policy: Checkpointing
     peak_bytes: Annotated[int, Field(ge=0, le=10**18)]
+    of: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -10,15 +10,17 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from mim_scale.config import PretrainConfig
+from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.config_file import dump_config, load_config
 from mim_scale.errors import ConfigError, HostError, MimScaleError
 from mim_scale.estimate.files import EstimateFile, read_file
+from mim_scale.estimate.same_work import work_settings
 from mim_scale.estimate.scaling import Pace
 from mim_scale.training.host import usable_cores
 from mim_scale.training.journal import read_journal
+from mim_scale.training.memory import with_stage
 from mim_scale.training.run_folder import CONFIG, JOURNAL
 
 FEWEST = 5
@@ -40,9 +42,12 @@ class Calibration:
     device: str
     cores: int
     steps: int
-    policy: str
+    policy: Checkpointing
+    """`auto` where it is not known what that chose."""
     peak_bytes: int
     """0 where it is not known."""
+    of: dict[str, Any] | None = None
+    """What decides the pace: `work_settings`; None in files that were written before it was kept."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +55,13 @@ class RunTimes:
     """What a journal tells of a run's newest start."""
 
     config: PretrainConfig
+    """With the ZeRO stage that was chosen."""
+    policy: Checkpointing
+    """As chosen; `auto` where the journal does not tell, likewise None in what follows."""
+    device: str | None
+    """cpu or cuda."""
+    hosts: int | None
+    """Nodes that its ranks were on."""
     world: int
     step_s: float
     """Median, without saves and held-out measurements; likewise what follows."""
@@ -63,11 +75,17 @@ class RunTimes:
     row_bytes: float
     """Of a step's row."""
 
+    @property
+    def of(self) -> dict[str, Any] | None:
+        """What decides the pace."""
+        return work_settings(self.config, self.policy)
 
-def measure_pace(config: PretrainConfig, steps: int, copies: int = 1) -> Calibration:
+
+def measure_pace(config: PretrainConfig, policy: Checkpointing, steps: int, copies: int = 1) -> Calibration:
     """Make `steps` steps of one micro-batch in a process of their own, and again in several at once.
 
     Args:
+        policy: In the place of the config's, which may be `auto`.
         copies: Processes side by side, which exchange nothing; 1 leaves that out, and then ranks are taken not to
             slow each other down as long as each has a core.
 
@@ -75,7 +93,7 @@ def measure_pace(config: PretrainConfig, steps: int, copies: int = 1) -> Calibra
         MimScaleError: what a process met.
     """
     # A rank alone; one micro-batch a step, as accumulation only repeats it.
-    alone = config.train.model_copy(update={"batch": config.train.micro_batch})
+    alone = config.train.model_copy(update={"batch": config.train.micro_batch, "activation_checkpointing": policy})
     config = config.model_copy(update={"train": alone})
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "config.yaml"
@@ -102,7 +120,8 @@ def measure_pace(config: PretrainConfig, steps: int, copies: int = 1) -> Calibra
     )
     of = f"of {config.data.pack or config.data.store}" if first["is_of_store"] else "of noise, so without reading"
     source = f"{steps} steps {of}" + (f", then {copies} processes side by side" if several else "")
-    return Calibration(pace, source, first["device"], cores, steps, first["policy"], first["peak_bytes"])
+    work = work_settings(config, policy)
+    return Calibration(pace, source, first["device"], cores, steps, policy, first["peak_bytes"], work)
 
 
 def spread(values: Sequence[float]) -> float:
@@ -195,6 +214,7 @@ def read_run(folder: Path) -> RunTimes:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder}: no run's folder: it has no {CONFIG}; give a run's `output`")
     config = load_config(PretrainConfig, folder / CONFIG)
+    where = str(folder / JOURNAL)
     rows = read_journal(folder / JOURNAL)
     starts = [number for number, row in enumerate(rows) if row["kind"] == "start"]
     newest = rows[starts[-1] :] if starts else []
@@ -204,49 +224,91 @@ def read_run(folder: Path) -> RunTimes:
             f"{folder}: {len(steps)} steps can be used since its newest start (the first {FIRST} are not), and "
             f"{FEWEST} are needed: let it run on, or measure with --run-steps"
         )
-    seconds = [config.train.batch / row["samples_per_second"] for row in steps]
-    saves = [row for row in newest if row["kind"] == "save"]
+    seconds = [config.train.batch / number_of(row, "samples_per_second", where, least=1e-9) for row in steps]
+    waits = [number_of(row, "data_wait", where, most=1.0) * second for row, second in zip(steps, seconds, strict=True)]
+    saves, start = [row for row in newest if row["kind"] == "save"], newest[0]
+    world = int(number_of(start, "world", where, least=1, most=10**6))
+    if config.train.zero_stage == "auto" and "zero_stage" in start:
+        config = with_stage(config, int(number_of(start, "zero_stage", where, most=3)))
     return RunTimes(
         config,
-        int(newest[0]["world"]),
+        one_of(start, "activation_checkpointing", get_args(Checkpointing), where)
+        or config.train.activation_checkpointing,
+        one_of(start, "device", ("cpu", "cuda"), where),
+        int(number_of(start, "hosts", where, least=1, most=world)) if "hosts" in start else None,
+        world,
         statistics.median(seconds),
         spread(seconds),
-        statistics.median(row["data_wait"] * second for row, second in zip(steps, seconds, strict=True)),
-        _median([row["stall_s"] for row in saves]),
-        _median([row["write_s"] for row in saves]),
-        _median(_held_out_seconds(newest)),
+        statistics.median(waits),
+        _median([number_of(row, "stall_s", where) for row in saves]),
+        _median([number_of(row, "write_s", where) for row in saves]),
+        _median(_held_out_seconds(newest, where)),
         len(steps),
         statistics.fmean(len(json.dumps(row)) + 1 for row in steps),
     )
 
 
-def _held_out_seconds(rows: Sequence[dict[str, Any]]) -> list[float]:
-    """From the row of the step before to that of the measurement."""
-    at = {row["step"]: row["time"] for row in rows if row["kind"] == "step"}
-    return [row["time"] - at[row["step"]] for row in rows if row["kind"] == "held_out" and row["step"] in at]
+def number_of(row: dict[str, Any], name: str, where: str, least: float = 0.0, most: float = 1e12) -> float:
+    """A number of a journal's row.
+
+    Raises:
+        ConfigError: it is missing, no number, or none that can be; the line names the row.
+    """
+    value = row.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= most:
+        raise _odd(row, name, f"a number from {least:g} to {most:g}", where)
+    return value
+
+
+def one_of(row: dict[str, Any], name: str, known: Sequence[Any], where: str) -> Any:
+    """A word of a journal's row, None where it has none; raises ConfigError where it is another."""
+    if name not in row:
+        return None
+    if row[name] not in known:
+        raise _odd(row, name, " or ".join(known), where)
+    return row[name]
+
+
+def _odd(row: dict[str, Any], name: str, expected: str, where: str) -> ConfigError:
+    found = f"{name} {json.dumps(row[name]):.40}" if name in row else f"no {name}"
+    return ConfigError(
+        f"{where}: the {row['kind']} row of step {row['step']} has {found}, expected {expected}: measure with "
+        "--run-steps, or take another run"
+    )
+
+
+def _held_out_seconds(rows: Sequence[dict[str, Any]], where: str) -> list[float]:
+    """From the row of the step before to that of the measurement; without those between which a clock was set back."""
+    measured = {row["step"]: number_of(row, "time", where) for row in rows if row["kind"] == "held_out"}
+    steps = [row for row in rows if row["kind"] == "step" and row["step"] in measured]
+    seconds = [measured[row["step"]] - number_of(row, "time", where) for row in steps]
+    return [second for second in seconds if second >= 0]
 
 
 def _median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else 0.0
 
 
-def pace_of_run(run: RunTimes, exchange_s: float, is_on_cores: bool, cores: int, folder: Path) -> Calibration:
+def pace_of_run(run: RunTimes, exchange_s: float, device: str, cores: int, on_a_node: int, where: str) -> Calibration:
     """The pace of a run's ranks.
 
     Args:
         exchange_s: What of a step goes to exchanges, by the model; 0 for a run on one rank.
-        is_on_cores: Whether its ranks compute on cores.
+        device: What its ranks compute on.
         cores: Of its node.
+        on_a_node: Ranks of a node.
+        where: It lies, for people.
     """
     train = run.config.train
     micro_batches = train.batch // (train.micro_batch * run.world)
     computing = run.step_s - run.wait_s - exchange_s
     if computing <= 0:
         raise ConfigError(
-            f"{folder}: its steps take {run.step_s:.3f} s, of which {run.wait_s:.3f} s are waits and by the link "
+            f"{where}: its steps take {run.step_s:.3f} s, of which {run.wait_s:.3f} s are waits and by the link "
             f"{exchange_s:.3f} s are exchanges: that link is not the run's"
         )
-    turns = max(1.0, run.world / cores) if is_on_cores else 1.0
+    is_on_cores = device == "cpu"
+    turns = max(1.0, on_a_node / cores) if is_on_cores else 1.0
     pace = Pace(
         micro_batch_s=computing / micro_batches / turns,
         spread_s=run.step_spread_s / micro_batches**0.5 / turns,
@@ -258,9 +320,8 @@ def pace_of_run(run: RunTimes, exchange_s: float, is_on_cores: bool, cores: int,
         write_s=run.write_s * run.world,
         held_out_s=run.held_out_s * run.world,
     )
-    source = f"{run.steps} steps of {folder} on {run.world} rank{'s' * (run.world > 1)}"
-    policy = train.activation_checkpointing
-    return Calibration(pace, source, "cpu" if is_on_cores else "cuda", cores, run.steps, policy, 0)
+    source = f"{run.steps} steps of {where.removeprefix('--from ')} on {run.world} rank{'s' * (run.world > 1)}"
+    return Calibration(pace, source, device, cores, run.steps, run.policy, 0, run.of)
 
 
 def as_values(found: Calibration) -> dict[str, Any]:

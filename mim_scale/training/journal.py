@@ -2,7 +2,8 @@
 
 Rows have a `kind`:
   start     a process took up the run: step, world, fingerprint, config_digest, store, num_volumes, process, versions,
-            and, where its code lies in a git checkout, commit and is_dirty
+            device (cpu or cuda), hosts (how many), activation_checkpointing and zero_stage (where those are auto, what
+            was chosen), and, where its code lies in a git checkout, commit and is_dirty
   step      one update: step (counted from 1), epoch, position, loss, parts, learning_rate, grad_norm,
             samples_per_second, data_wait (share of the time); null for what is not finite. A step that was left out has
             `left_out`, a spike that was not has `noted`: the reason; both have `volumes`, the keys of what was seen.

@@ -163,12 +163,14 @@ def _prepare(
         del state
     resources.enter_context(ray_for_ranks(config.data, ranks))
     held_out = HeldOut(config, dataset, held_rows, ranks)
-    records.begin(start.step, len(dataset.rows))
+    hosts = ranks.gather_objects(socket.gethostname())
+    chosen = {"activation_checkpointing": policy, "zero_stage": config.train.stage}
+    records.begin(start.step, len(dataset.rows), device=ranks.device.type, hosts=len(set(hosts)), **chosen)
     resources.enter_context(system_rows(config, ranks.local_rank == 0 and ranks.rank in writers))
     saver = Saver(engine, ranks, records, progress, writers, config.checkpoint.background)
     resources.enter_context(saver)
     clock = resources.enter_context(ForwardClock(engine.module, ranks.device))
-    stragglers = Stragglers(ranks.gather_objects(socket.gethostname()))
+    stragglers = Stragglers(hosts)
     parts = engine, held_out, records, progress, stop, guards, watchdog, saver, clock, stragglers
     return _Run(config, ranks, dataset, rows, *parts)
 

@@ -91,8 +91,8 @@ class Records:
             self._refuse_other_store(self._journal.first_start.get("fingerprint"))
         return StartingPoint(checkpoint, self._journal.last_held_out)
 
-    def begin(self, step: int, num_volumes: int) -> None:
-        """Note that a process took up the run, with what it runs on, and let the tracker follow."""
+    def begin(self, step: int, num_volumes: int, **chosen: Any) -> None:
+        """Note that a process took up the run, with what it runs on and what it chose; let the tracker follow."""
         if self._journal is None:
             return
         facts = {
@@ -104,7 +104,7 @@ class Records:
             "process": f"{os.getpid()} on {socket.gethostname()}",
             "versions": versions(),
         }
-        self._journal.write("start", step, time=time.time(), **facts, **git_state())
+        self._journal.write("start", step, time=time.time(), **facts, **chosen, **git_state())
         self.follow()
 
     def follow(self) -> None:

@@ -12,68 +12,24 @@ from mim_scale.cli import run
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import dump_config, load_config
 from mim_scale.errors import ConfigError, MimScaleError
-from mim_scale.estimate import fit, timed_steps
+from mim_scale.estimate import asked, fit, timed_steps
 from mim_scale.estimate import pace as calibrate
-from mim_scale.estimate import run as estimate_run
-from mim_scale.estimate.scaling import Link, ring_s
+from mim_scale.estimate.scaling import ring_s
 from mim_scale.methods import cost
 from mim_scale.methods.cost import FEWEST_FIRST, Cost
 from mim_scale.training import memory
-from mim_scale.training.journal import Journal
-from mim_scale.training.run_folder import CONFIG, JOURNAL
+from mim_scale.training.run_folder import CONFIG
+from tests.estimate.written import BETWEEN, COST, GIB, MILLION, WITHIN, estimated, write_link, write_run
 from tests.models.small import changed
 from tests.synthetic import make_dataset
 from tests.training import jobs
 from tests.training.standin import small_config
 
-MILLION = 1_000_000
-GIB = 2**30
-COST = Cost(
-    MILLION, 0, 0, activation_bytes=GIB, gradient_bytes=4 * MILLION, state_bytes=12 * MILLION, batch_bytes=0, tensors=9
-)
-WITHIN, BETWEEN = Link(1e-5, 1e9), Link(1e-4, 1e8)
-
 
 @pytest.fixture(autouse=True)
 def _no_trace(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seconds each; tests/models/test_cost.py looks at them."""
-    monkeypatch.setattr(estimate_run, "cost_of", lambda config, policy, is_counted: COST)
-
-
-def write_run(
-    folder: Path, world: int = 1, step_s: float = 0.5, steps: int = 30, is_kept: bool = True, **train: Any
-) -> Path:
-    """A run of steps that wait a tenth of their time, with a save and a measurement every ten."""
-    config = small_config(**{"steps": 100, "batch": 8, "engine": "plain", "activation_checkpointing": "none"} | train)
-    folder.mkdir(parents=True)
-    (folder / CONFIG).write_text(dump_config(config))
-    journal = Journal(folder / JOURNAL)
-    journal.write("start", 0, time=0.0, world=world)
-    for step in range(1, steps + 1):
-        seconds = step_s * (1 + 0.02 * (step % 3 - 1))
-        facts = {"samples_per_second": config.train.batch / seconds, "data_wait": 0.1, "loss": 1.0}
-        journal.write("step", step, time=float(step), **facts)
-        if is_kept and step % 10 == 0:
-            journal.write("save", step, time=float(step), stall_s=0.02, write_s=0.4, bytes=1)
-            journal.write("held_out", step, time=step + 3.0, held_out={"loss": 1.0})
-    journal.close()
-    return folder
-
-
-def write_link(path: Path) -> Path:
-    parts = {}
-    for name, known, members in (("within", WITHIN, 8), ("between", BETWEEN, 2)):
-        sizes = [4, 1 << 20]
-        seconds = [ring_s(size, members, known) for size in sizes]
-        parts[name] = {**vars(known), "members": members, "sizes": sizes, "seconds": seconds}
-    path.write_text(json.dumps({"kind": "mim-scale link", "device": "cpu", "cores": 8, **parts}))
-    return path
-
-
-def estimated(capsys: pytest.CaptureFixture[str], *words: object) -> dict[str, Any]:
-    assert run(["estimate", "--json", *map(str, words)]) == 0
-    found: dict[str, Any] = json.loads(capsys.readouterr().out)
-    return found
+    monkeypatch.setattr(asked, "cost_of", lambda config, policy, is_counted: COST)
 
 
 def test_a_run_on_one_rank_is_said_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -289,7 +245,7 @@ def test_what_a_measuring_process_met_is_told(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr(calibrate.subprocess, "Popen", failing)
     with pytest.raises(MimScaleError, match="the store is damaged") as caught:
-        calibrate.measure_pace(small_config(), 5)
+        calibrate.measure_pace(small_config(), "none", 5)
     assert caught.value.exit_code == 3
 
 
