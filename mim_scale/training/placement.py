@@ -20,6 +20,8 @@ INTERFACE = "GLOO_SOCKET_IFNAME"
 SIOCGIFADDR = 0x8915
 FIRST_PORT = 20000
 NUM_PORTS = 20000
+RESERVED_STEPS = 0xFFFFFFF0
+"""Slurm's numbers from here on are no steps of srun's: the batch shell, say."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,8 @@ def read_placement(environment: Mapping[str, str]) -> Placement:
     """The placement that the environment's variables describe.
 
     Raises:
-        ClusterError: a variable is missing beside others that were set, or is no number.
+        ClusterError: a variable is missing beside others that were set, or is no number; or this is the shell of a
+            batch job of several tasks, where the others do not run.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
         return _checked(
@@ -52,6 +55,7 @@ def read_placement(environment: Mapping[str, str]) -> Placement:
     # srun sets SLURM_STEP_NUM_TASKS for its own step; SLURM_NTASKS alone is what older versions give.
     tasks = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in environment else "SLURM_NTASKS"
     if "SLURM_PROCID" in environment and tasks in environment:
+        _refuse_batch_shell(environment)
         return _checked(
             Placement(
                 _number(environment, "SLURM_PROCID"),
@@ -111,6 +115,18 @@ def interface_towards(address: str) -> str | None:
             if request[20:24] == own:
                 return name
     return None
+
+
+def _refuse_batch_shell(environment: Mapping[str, str]) -> None:
+    """sbatch gives its shell SLURM_PROCID 0 and the tasks of the whole job, but only srun makes a step of them."""
+    if "SLURM_STEP_NUM_TASKS" in environment or _number(environment, "SLURM_NTASKS") == 1:
+        return
+    step = environment.get("SLURM_STEP_ID", environment.get("SLURM_STEPID", ""))
+    if not step.isdigit() or int(step) >= RESERVED_STEPS:
+        raise ClusterError(
+            f"this is the shell of a batch job of {environment['SLURM_NTASKS']} tasks, and no task of it: start the "
+            "same command by srun"
+        )
 
 
 def _checked(placement: Placement) -> Placement:

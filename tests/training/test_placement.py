@@ -8,7 +8,8 @@ from mim_scale.errors import ClusterError
 from mim_scale.training.placement import Placement, exported, interface_towards, read_placement
 
 LAUNCHED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
-SLURM = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_JOB_ID": "1234567"}
+BATCH = {"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_LOCALID": "0", "SLURM_JOB_ID": "1234567"}
+SLURM = {**BATCH, "SLURM_PROCID": "5", "SLURM_LOCALID": "1", "SLURM_STEP_ID": "0"}
 
 
 def test_alone() -> None:
@@ -39,6 +40,16 @@ def test_under_srun(nodes: str, first: str) -> None:
 
 def test_srun_step_smaller_than_its_job() -> None:
     assert read_placement({**SLURM, "SLURM_STEP_NUM_TASKS": "6"}).world == 6
+
+
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "4294967291"}, {"SLURM_STEPID": "-5"}])
+def test_the_shell_of_a_batch_job(step: dict[str, str]) -> None:
+    """The others would never come; a job of one task has none."""
+    with pytest.raises(ClusterError, match="shell of a batch job of 8 tasks, and no task of it"):
+        read_placement({**BATCH, **step})
+    assert read_placement({**BATCH, **step, "SLURM_NTASKS": "1"}).world == 1
+    assert read_placement({**BATCH, **step, **LAUNCHED}).world == 4
+    assert read_placement({**BATCH, "SLURM_STEPID": "3"}).world == 8
 
 
 def test_srun_keeps_what_the_user_set() -> None:
