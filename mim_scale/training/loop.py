@@ -236,7 +236,7 @@ def _tell(run: _Run, step: int, rate: float, metrics: StepMetrics, seconds: floa
     if run.ranks.world > 1:
         rank, times = slowest(metrics.own_s)
         noteworthy |= {"slowest_rank": rank, "slowest_times": times}
-    for line in run.stragglers.note(metrics.own_s):
+    for line in run.stragglers.note(metrics.own_s, seconds):
         run.progress.say(f"step {step + 1}: {line}")
     run.records.row(
         "step",

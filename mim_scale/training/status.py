@@ -94,7 +94,7 @@ def read_status(folder: Path) -> Status:
         starts=len(starts),
         world=starts[-1]["world"] if starts else None,
         left_out=sum("left_out" in row for row in steps),
-        **_slowest(recent),
+        **_slowest(recent if starts and starts[-1]["world"] > 1 else []),
     )
 
 
@@ -102,7 +102,7 @@ def told(folder: Path, status: Status) -> str:
     """The status as lines for people."""
     who = f" ({status.holder})" if status.holder else ""
     world = f", {status.world} rank{'s' * (status.world != 1)}" if status.world else ""
-    lines = [f"{folder}: {status.state}{who}{world}; taken up {status.starts} time{'s' * (status.starts != 1)}"]
+    lines = [f"{folder}: {status.state}{who}{world}; started {status.starts} time{'s' * (status.starts != 1)}"]
     line = f"step {status.step:,} of {status.steps:,} ({status.step / status.steps:.1%}), epoch {status.epoch:.2f}"
     if status.samples_per_second is not None and status.data_wait is not None:
         line += f"; {status.samples_per_second:.2f} samples/s, data wait {status.data_wait:.0%}"

@@ -102,9 +102,8 @@ def _add_up(
     keys: list[str] = []
     names: list[str] = []
     for index in range(count):
-        start = time.perf_counter()
-        batch = _next_on_all(batches, ranks, watchdog)
-        wait_s += time.perf_counter() - start
+        batch, seconds = _next_on_all(batches, ranks, watchdog)
+        wait_s += seconds
         watchdog.beat("computing")
         losses = engine.forward_backward(to_device(batch, ranks.device), last=index == count - 1)
         names = list(losses)
@@ -114,17 +113,21 @@ def _add_up(
     return names, sums, keys, wait_s
 
 
-def _next_on_all(batches: Iterator[Batch], ranks: Ranks, watchdog: Watchdog) -> Batch:
-    """The next batch; if a rank's stream failed, all ranks end before one of them waits in a reduction."""
+def _next_on_all(batches: Iterator[Batch], ranks: Ranks, watchdog: Watchdog) -> tuple[Batch, float]:
+    """The next batch, and how long this rank waited for it; if a rank's stream failed, all ranks end before one of
+    them waits in a reduction."""
     watchdog.beat("reading data")
+    start = time.perf_counter()
     try:
         batch = next(batches)
     except MimScaleError as error:
         ranks.agree(error)
         raise
+    # Without the exchange: whoever is early there waits for the others, not for its data.
+    seconds = time.perf_counter() - start
     watchdog.beat(EXCHANGE)
     ranks.agree(None)
-    return batch
+    return batch, seconds
 
 
 def _volumes(keys: list[str], is_suspect: Sequence[bool], ranks: Ranks) -> tuple[str, ...]:

@@ -16,8 +16,12 @@ from torch import nn
 
 WINDOW = 20
 """Steps that a rank is judged by."""
-TIMES = 1.25
+TIMES = 1.4
 """A rank that takes so many times what the ranks take in the middle is a straggler."""
+CAUGHT_UP = 1.2
+"""One that takes less than so many times is none any more."""
+LEAST_SHARE = 0.05
+"""Of a step's time that all must wait for it: less is not worth a line."""
 
 
 class ForwardClock:
@@ -73,16 +77,18 @@ class Stragglers:
         self._recent: deque[Sequence[float]] = deque(maxlen=WINDOW)
         self._named: set[int] = set()
 
-    def note(self, own_s: Sequence[float]) -> list[str]:
-        """Take the seconds of each rank's own work in a step; a line for each rank that has become a straggler."""
+    def note(self, own_s: Sequence[float], step_s: float) -> list[str]:
+        """Take the seconds of each rank's own work in a step, and of the whole step; a line for each new straggler."""
         self._recent.append(own_s)
         if len(own_s) < 2 or len(self._recent) < WINDOW:
             return []
         usual = [statistics.median(column) for column in zip(*self._recent, strict=True)]
         # The lower of two in the middle: of two ranks the slow one must not be its own measure.
         middle = statistics.median_low(usual)
-        slow = {rank for rank, seconds in enumerate(usual) if seconds > TIMES * middle}
-        new, self._named = slow - self._named, slow
+        still = {rank for rank in self._named if usual[rank] > CAUGHT_UP * middle}
+        most = max(TIMES * middle, middle + LEAST_SHARE * step_s)
+        slow = {rank for rank, seconds in enumerate(usual) if seconds > most}
+        new, self._named = slow - still, slow | still
         return [
             f"rank {rank} on {self._hosts[rank]} is slow: {usual[rank]:.2f} s of data and forward pass a step, "
             f"{middle:.2f} s in the middle of the ranks; all wait for it: look at that machine"
