@@ -9,6 +9,7 @@ import torch
 
 from mim_scale.config import Checkpointing, PretrainConfig
 from mim_scale.config_file import check_config, config_values
+from mim_scale.errors import ConfigError
 from mim_scale.methods.cost import FEWEST_FIRST, USABLE, Cost, choose_policy, cost_of
 from mim_scale.training.host import free_memory
 from mim_scale.training.rank_memory import rank_memory
@@ -20,9 +21,6 @@ def resolve_stage(config: PretrainConfig, ranks: Ranks, writers: int = 1) -> tup
 
     Args:
         writers: As in `resolve_checkpointing`.
-
-    Raises:
-        ConfigError: only stage 3 fits, and another setting rules it out.
     """
     if config.train.engine != "deepspeed" or config.train.zero_stage != "auto":
         return config, ""
@@ -42,9 +40,14 @@ def choose_stage(
     tried: list[tuple[float, int]] = []
     fits = False
     for stage, of_policy in dict.fromkeys([(1, gentle), (2, gentle), (1, thorough), (2, thorough), (3, thorough)]):
-        if stage == 3 and _needed(config, of_policy, stage, world, writers, is_on_host) >= tried[-1][0]:
+        try:
+            changed = with_stage(config, stage)
+        except ConfigError:
+            continue  # another setting does not go with it
+        needed = rank_memory(cost_of(config, of_policy), changed, world, writers, is_on_host).needed(is_on_host)
+        if stage == 3 and needed >= tried[-1][0]:
             continue  # what it gathers for a while is more than what it shares out
-        tried.append((_needed(config, of_policy, stage, world, writers, is_on_host), stage))
+        tried.append((needed, stage))
         fits = tried[-1][0] <= (USABLE_AT_3 if stage == 3 else USABLE) * room_bytes
         if fits:
             break
@@ -52,13 +55,6 @@ def choose_stage(
     told = ", ".join(f"{one} {needed / 2**30:.2f}" for needed, one in tried)
     verdict = "fits" if fits else "is the least there is"
     return stage, f"ZeRO stage auto: {stage} {verdict} (GiB: {told} of {room_bytes / 2**30:.2f} for a rank)"
-
-
-def _needed(
-    config: PretrainConfig, policy: Checkpointing, stage: int, world: int, writers: int, is_on_host: bool
-) -> float:
-    memory = rank_memory(cost_of(config, policy), with_stage(config, stage), world, writers, is_on_host)
-    return memory.needed(is_on_host)
 
 
 USABLE_AT_3 = 0.65
