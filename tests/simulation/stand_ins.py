@@ -166,7 +166,7 @@ class MlflowServer:
         world.sleep(20.0 if "slow" in self.ails else 0.02)
         if "down" in self.ails:
             raise ConnectionError("refused")
-        result = getattr(self, f"_{name}", lambda *a, **k: None)(*arguments, **named)
+        result = getattr(self, f"_{name}")(*arguments, **named)
         if "deaf" in self.ails and world.random.random() < 0.5:
             raise TimeoutError("no answer")
         world.sleep(0.02)
@@ -182,7 +182,7 @@ class MlflowServer:
 
     def _create_run(self, experiment: str, run_name: str, tags: dict[str, str]) -> Any:
         run = f"run{len(self.runs)}"
-        self.runs[run] = {"key": next(iter(tags.values())), "points": [], "status": "RUNNING"}
+        self.runs[run] = {"key": next(iter(tags.values())), "points": [], "files": set(), "status": "RUNNING"}
         return SimpleNamespace(info=SimpleNamespace(run_id=run))
 
     def _update_run(self, run: str, status: str) -> None:
@@ -194,6 +194,15 @@ class MlflowServer:
         self, run: str, metrics: Sequence[Any] = (), params: Sequence[Any] = (), tags: Sequence[Any] = ()
     ) -> None:
         self.runs[run]["points"] += [(metric.key, metric.step, metric.value) for metric in metrics]
+
+    def _log_artifact(self, run: str, path: str, folder: str | None = None) -> None:
+        self.runs[run]["files"].add(path)
+
+    def _log_text(self, run: str, text: str, name: str) -> None:
+        self.runs[run]["files"].add(name)
+
+    def _log_inputs(self, run: str, datasets: list[Any]) -> None:
+        self.runs[run]["files"].add("dataset")
 
     def _get_metric_history(self, run: str, key: str) -> list[Any]:
         return [SimpleNamespace(step=step) for name, step, _ in self.runs[run]["points"] if name == key]
