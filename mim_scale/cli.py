@@ -282,11 +282,13 @@ def _verify(options: argparse.Namespace) -> int:
 def _export(options: argparse.Namespace) -> int:
     from mim_scale.transfer.export import export, register_export
 
-    if options.alias and not options.register:
+    if options.alias is not None and options.register is None:
         raise ConfigError("--alias belongs to a model: name one with --register")
-    for name in filter(None, (options.register, options.alias)):
-        if not re.fullmatch(r"[A-Za-z0-9._-]+", name):
-            raise ConfigError(f"{name!r} is no name for a model or an alias: take letters, digits, and . _ -")
+    for name in (name for name in (options.register, options.alias) if name is not None):
+        if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or re.fullmatch(r"latest|v\d+", name, re.IGNORECASE):
+            raise ConfigError(
+                f"{name!r} is no name for a model or an alias: take letters, digits, and . _ -, not `latest` or `v1`"
+            )
     report = export(options.run, options.folder)
     print(report)
     if options.register:

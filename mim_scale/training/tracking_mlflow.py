@@ -302,25 +302,30 @@ def register(run: Path, uri: str, export: Path, model: str, alias: str | None, f
         facts: Tags of the version: step, hash and the like.
 
     Returns:
-        The version's address, `models:/NAME/3`.
+        Where it is: the server, and `models:/NAME/3`. Weights that are a version already stay that one.
 
     Raises:
         ConfigError: the run is not known to MLflow, or MLflow does not take the export.
     """
-    known = json.loads((run / RUN_FILE).read_bytes()) if (run / RUN_FILE).is_file() else {}
-    if not known.get("run_id"):
+    try:
+        run_id = str(json.loads((run / RUN_FILE).read_bytes())["run_id"] or "")
+    except (OSError, ValueError, KeyError, TypeError):
+        run_id = ""
+    if not run_id:
         raise ConfigError(
-            f"{run}: MLflow does not know this run yet; start it again, also if it is done: it sends what is missing"
+            f"{run}: {RUN_FILE} names no run of MLflow; start the run again, also if it is done: it sends what it lacks"
         )
     tracker = MlflowTracker(uri, "", run, run / JOURNAL)
     try:
         client = tracker.new_client()
         where = f"exports/{export.name}-step-{facts['step']}"
-        client.log_artifacts(known["run_id"], str(export), where)
-        source = f"{client.get_run(known['run_id']).info.artifact_uri}/{where}"
+        client.log_artifacts(run_id, str(export), where)
+        source = f"{client.get_run(run_id).info.artifact_uri}/{where}"
         if not client.search_registered_models(f"name = '{model}'"):
             client.create_registered_model(model)
-        version = client.create_model_version(model, source, run_id=known["run_id"], tags=facts).version
+        versions = client.search_model_versions(f"name = '{model}' and run_id = '{run_id}'")
+        same = [one.version for one in versions if one.tags.get("sha256") == facts["sha256"]]
+        version = same[0] if same else client.create_model_version(model, source, run_id=run_id, tags=facts).version
         if alias is not None:
             client.set_registered_model_alias(model, alias, version)
     except Exception as error:
@@ -329,7 +334,7 @@ def register(run: Path, uri: str, export: Path, model: str, alias: str | None, f
             f"MLflow at {tracker.uri} does not register {export} ({reason}); the export stands: mend that, then start "
             "the same command again"
         ) from None
-    return f"models:/{model}/{version}"
+    return f"{tracker.uri}: models:/{model}/{version}"
 
 
 def _changed(path: Path) -> int:

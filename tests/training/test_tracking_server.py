@@ -170,13 +170,20 @@ def test_an_export_becomes_a_version_of_a_model(
     with pytest.raises(ConfigError, match=r"tracking.mlflow is null"):
         cli.run(command)
     track_by(server.uri)
-    with pytest.raises(ConfigError, match="MLflow does not know this run yet; start it again"):
+    with pytest.raises(ConfigError, match=r"mlflow_run.json names no run of MLflow; start the run again"):
         cli.run(command)
     run = Run(folder, server.uri)
     run.steps(1, 3)
     assert run.close()
     track_by(server.uri)
-    for version in ("1", "2"):
+    (folder / "mlflow_run.json").rename(folder / "kept")
+    (folder / "mlflow_run.json").write_text("[5")
+    with pytest.raises(ConfigError, match=r"mlflow_run.json names no run of MLflow"):
+        cli.run(command)
+    (folder / "kept").rename(folder / "mlflow_run.json")
+    for version, change in (("1", 0.0), ("1", 0.0), ("2", 1.0)):
+        if change:
+            make_run(folder, steps=(6,))
         assert cli.run(command) == 0
         assert f"models:/ct-encoder/{version}, alias candidate" in capsys.readouterr().out
         found = client.get_model_version_by_alias("ct-encoder", "candidate")
@@ -184,15 +191,16 @@ def test_an_export_becomes_a_version_of_a_model(
     (of_run,) = runs(server, folder)
     assert (found.run_id, of_run.info.status) == (of_run.info.run_id, "FINISHED")
     assert found.tags["sha256"] == sha256_file(export / "model.safetensors")
-    assert (found.tags["step"], found.tags["fingerprint"]) == ("4", "ab" * 32)
-    fetched = client.download_artifacts(of_run.info.run_id, "exports/encoder-step-4", str(tmp_path))
+    assert (found.tags["step"], found.tags["fingerprint"]) == ("6", "ab" * 32)
+    fetched = client.download_artifacts(of_run.info.run_id, "exports/encoder-step-6", str(tmp_path))
     assert sha256_file(Path(fetched) / "model.safetensors") == found.tags["sha256"]
     track_by("http://127.0.0.1:9")
     with pytest.raises(ConfigError, match=r"127.0.0.1:9 does not register .*encoder .*the export stands") as caught:
         cli.run(command)
     assert "\n" not in str(caught.value)
-    with pytest.raises(ConfigError, match="'a/b' is no name for a model"):
-        cli.run([*command[:4], "a/b"])
+    for name in ("a/b", "", "latest"):
+        with pytest.raises(ConfigError, match=f"'{name}' is no name for a model"):
+            cli.run([*command[:4], name])
 
 
 @pytest.mark.soak
