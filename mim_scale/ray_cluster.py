@@ -130,4 +130,7 @@ def _start(folder: Path, num_cpus: int | None) -> None:
         )
     except Exception as error:
         reason = " ".join(str(error).split())[:300]
-        raise ClusterError(f"Ray did not start on this machine: {reason}") from None
+        raise ClusterError(
+            f"Ray did not start on this machine: {reason} A busy machine can be too slow for it: start again, or do "
+            "without it (`data build --executor local`, data.transport=threads)"
+        ) from None

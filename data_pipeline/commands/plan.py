@@ -1,6 +1,7 @@
 """`mim-scale data plan`: what a build would do and take, from headers alone; nothing is written."""
 
 import json
+import shlex
 from dataclasses import asdict
 from pathlib import Path
 
@@ -39,8 +40,22 @@ def plan(config: BuildConfig, as_json: bool = False) -> int:
     out.print(rows)
     for warning in found.warnings:
         out.print(f"beware: {warning}")
-    out.print(f"next: mim-scale data build {config.source} {config.store}")
+    out.print(f"next: mim-scale data build {shlex.join(_typed(config))}", soft_wrap=True)
     return 0
+
+
+def _typed(config: BuildConfig) -> list[str]:
+    """What a build with these settings is started with; only what is not the default."""
+    words = [str(config.source), str(config.store)]
+    plain = BuildConfig(source=config.source, store=config.store)
+    if config.spacing is not None:
+        words += ["--spacing", ",".join(f"{size:g}" for size in config.spacing)]
+    for name in ("min_slices", "executor", "workers", "part", "key_file"):
+        value = getattr(config, name)
+        if value != getattr(plain, name):
+            words += [f"--{'key' if name == 'key_file' else name.replace('_', '-')}", str(value)]
+    words += [word for path in config.hold_out for word in ("--hold-out", str(path))]
+    return words + ["--replace"] * config.replace
 
 
 def _shown_work(core_hours: float) -> str:

@@ -185,7 +185,11 @@ def _meet(placement: Placement, device: torch.device, timeout: timedelta) -> Non
         raise LostRankError(
             f"rank {placement.rank} of {placement.world} did not meet the others at "
             f"{placement.address}:{placement.port} from {socket.gethostname()}: {_short(error)}; "
-            "check that all ranks started and that the port is open"
+            + (
+                f"another run has port {placement.port}: give the launcher another --master_port"
+                if "eaddrinuse" in str(error).lower()
+                else "check that all ranks started and that the port is open"
+            )
         ) from None
     finally:
         patience.cancel()

@@ -1,6 +1,7 @@
 """The data verbs as a user types them: what is printed, and the exit code."""
 
 import json
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -100,6 +101,18 @@ def test_spacing_stands_before_or_after_the_folders(
     for words in (["--spacing", text, "in", "out"], ["in", "out", "--spacing", text]):
         assert run(["data", "build", *words]) == 0
     assert [found.spacing for found in seen] == [spacing, spacing]
+
+
+def test_what_a_plan_says_to_type_next_is_what_was_planned(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = ["--spacing", "4,2,2", "--executor", "local", "--min-slices", "8"]
+    store = tmp_path / "a store"
+    assert run(["data", "plan", str(source), str(store), *settings]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("next: mim-scale ")]
+    assert run(shlex.split(line.removeprefix("next: mim-scale "))) == 0
+    config = json.loads((store / "dataset.json").read_bytes())["build_config"]
+    assert (config["spacing"], config["min_slices"]) == ([4.0, 2.0, 2.0], 8)
 
 
 def test_the_launcher_takes_overrides_and_refuses_unknown_keys(tmp_path: Path) -> None:
