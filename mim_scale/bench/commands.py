@@ -49,9 +49,14 @@ def _bench_step(options: argparse.Namespace) -> int:
 
     if min(options.runs, options.views_at_once) < 1 or not all(0 <= ratio < 1 for ratio in options.ratios):
         raise ConfigError("--runs and --views-at-once are 1 or more, --ratios are shares from 0 to below 1")
+    if options.bf16 and options.against:
+        raise ConfigError("--bf16 and --against each ask for one comparison alone: give one of them")
     configs = {path: load_config(PretrainConfig, path, options.set) for path in options.config}
     import torch
 
+    if torch.cuda.is_available() and (options.bf16 or options.against):
+        name = "--bf16" if options.bf16 else "--against"
+        raise ConfigError(f"{name} compares CPU seconds, and this machine has a GPU: set CUDA_VISIBLE_DEVICES= empty")
     if torch.cuda.is_available():
         return _on_gpu(configs, options)
     return _on_cpu(configs, options)
@@ -71,7 +76,9 @@ def _on_cpu(configs: dict[Path, Any], options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
     say = _silent if options.json else _say
     allocator = "freed memory kept" if kept else "the C library's default allocator"
-    say(f"{platform.machine()}, torch {torch.__version__}, fp32, one thread, {allocator}; {options.runs} runs in turns")
+    precision = "fp32 and bf16" if options.bf16 else "fp32"
+    where = f"{platform.machine()}, torch {torch.__version__}, {precision}, one thread"
+    say(f"{where}, {allocator}; {options.runs} runs in turns")
     found = {str(path): _of_config(path, config, options, kept, say) for path, config in configs.items()}
     if options.json:
         print(json.dumps({"torch": torch.__version__, "freed_memory_kept": kept, "configs": found}))

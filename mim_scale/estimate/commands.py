@@ -69,16 +69,14 @@ def _add_cluster(verb: argparse.ArgumentParser) -> None:
     cluster.add_argument(
         "--mtbf",
         type=float,
-        default=MTBF_H,
         metavar="H",
-        help="hours between failures of one node (default: %(default)g)",
+        help=f"hours between failures of one node (default: {MTBF_H:g})",
     )
     cluster.add_argument(
         "--restart",
         type=float,
-        default=RESTART_S,
         metavar="S",
-        help="seconds to go on after one (default: %(default)g)",
+        help=f"seconds to go on after one (default: {RESTART_S:g})",
     )
 
 
@@ -88,8 +86,9 @@ def _estimate(options: argparse.Namespace) -> int:
 
     _refuse_odd(options)
     config = load_config(PretrainConfig, options.config, options.overrides)
-    asked = ("run_steps", "source", "nodes", "ranks_per_node", "world", "volumes", "plan", "epochs", "link")
-    is_of_run = any(getattr(options, name) is not None for name in asked) or bool(options.beside)
+    is_of_run = any(getattr(options, name) is not None for name in _OF_RUN)
+    is_of_run = is_of_run or (options.device is not None and not options.fit)
+    _refuse_idle(config, options, is_of_run)
     values: dict[str, Any] = {}
     cost = None
     if options.fit:
@@ -105,6 +104,35 @@ def _estimate(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps(values))
     return 0
+
+
+_OF_RUN = ("run_steps", "source", "nodes", "ranks_per_node", "world", "volumes", "plan", "epochs", "link")
+_OF_PACE = ("cores", "network", "mtbf", "restart")
+
+
+def _refuse_idle(config: Any, options: argparse.Namespace, is_of_run: bool) -> None:
+    """Raise ConfigError for options that would change nothing."""
+    from mim_scale.errors import ConfigError
+
+    if options.run_steps is None and options.source is None:
+        idle = [name for name in _OF_PACE if getattr(options, name) is not None]
+        if idle:
+            raise ConfigError(
+                f"--{idle[0]} changes how long a run takes, which needs a pace: give --run-steps or --from"
+            )
+    if options.memory is not None and not options.fit and not (is_of_run and _is_auto(config)):
+        raise ConfigError(
+            "--memory decides what --fit proposes and, for a run on a cluster, what is auto: give --fit, or --world "
+            "with train.activation_checkpointing=auto or train.zero_stage=auto"
+        )
+    if options.measure and is_of_run:
+        raise ConfigError("--measure is of a micro-batch alone: leave it out, or ask for no run on a cluster")
+
+
+def _is_auto(config: Any) -> bool:
+    from mim_scale.estimate.asked import is_auto
+
+    return is_auto(config)
 
 
 def _refuse_odd(options: argparse.Namespace) -> None:
@@ -126,10 +154,19 @@ def _refuse_odd(options: argparse.Namespace) -> None:
 
 
 def _policies(config: Any, options: argparse.Namespace, values: dict[str, Any]) -> None:
+    from mim_scale.bar import Bar
     from mim_scale.estimate.micro_batch import as_values, estimate, measure
+    from mim_scale.methods.cost import FEWEST_FIRST
 
-    costs = estimate(config)
-    measured = {policy: measure(config, policy) for policy in costs} if options.measure else {}
+    costs: dict[Any, Any] = {}
+    measured: dict[Any, Any] = {}
+    with Bar("policies") as bar:
+        bar.began(0, len(FEWEST_FIRST))
+        for policy in FEWEST_FIRST:
+            costs |= estimate(config, (policy,))
+            if options.measure:
+                measured[policy] = measure(config, policy)
+            bar.advanced()
     values["policies"] = as_values(costs, measured)
     if options.json:
         return

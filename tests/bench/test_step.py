@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from mim_scale.bench import step
+from mim_scale.bench import commands, step
 from mim_scale.bench.arithmetic import measure_work, visible_flops
 from mim_scale.bench.step import benchmark_config, compare, encoder_sides, step_sides
 from mim_scale.bench.stock import StockDecoder, StockEncoder
@@ -145,3 +145,28 @@ def test_freed_memory_stays_only_where_asked() -> None:
         kept[way] = int(count)
     block = 4 * 2**25
     assert kept["default"] < 0.5 * block < 0.9 * block < kept["keep"]
+
+
+@pytest.mark.parametrize(
+    ("words", "has_gpu", "told"),
+    [
+        (["--bf16", "--against", "CONFIG"], False, "give one of them"),
+        (["--bf16"], True, "--bf16 compares CPU seconds"),
+        (["--against", "CONFIG"], True, "--against compares CPU seconds"),
+    ],
+)
+def test_comparisons_that_cannot_be_made_are_refused(
+    words: list[str], has_gpu: bool, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = str(small_yaml(tmp_path))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: has_gpu)
+    with pytest.raises(ConfigError, match=told):
+        run(["bench", "step", "--config", config, *(config if word == "CONFIG" else word for word in words)])
+
+
+def test_the_first_line_names_the_precisions(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(commands, "_of_precisions", lambda *values: {})
+    assert run(["bench", "step", "--config", str(small_yaml(tmp_path)), "--bf16", "--default-allocator"]) == 0
+    assert ", fp32 and bf16, one thread" in capsys.readouterr().out

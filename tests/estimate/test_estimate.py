@@ -154,6 +154,14 @@ def test_auto_is_chosen_for_the_memory_that_is_told(
         (["--nodes", "2", "--world", "2"], "say the same twice"),
         (["--network", "fast", "--from", "RUN"], "expected Gbit/s"),
         (["--network", "nan", "--from", "RUN"], "expected Gbit/s"),
+        (["--network", "1e400", "--from", "RUN"], "expected Gbit/s"),
+        (["--network", "1,", "--from", "RUN"], "expected Gbit/s"),
+        (["--network", "100"], "--network changes how long a run takes, which needs a pace"),
+        (["--cores", "4", "--world", "2"], "--cores changes how long"),
+        (["--mtbf", "100"], "--mtbf changes how long"),
+        (["--memory", "40"], "--memory decides what --fit proposes"),
+        (["--memory", "40", "--world", "2"], "--memory decides what --fit proposes"),
+        (["--measure", "--world", "2"], "--measure is of a micro-batch alone"),
         (["--from", "no/such"], "no/such"),
         (["--from", "CONFIG"], "is neither a run's folder"),
         (["--from", "SHORT"], "2 steps can be used"),
@@ -272,6 +280,8 @@ def test_measured_from_end_to_end(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout)
     assert [row["ranks"] for row in found["scaling"]] == [1, 2]
+    # The run's journal tells all that decides.
+    assert [line for line in found["beware"] if "journal" in line] == []
     (beside,) = found["beside"]
     assert beside["ranks"] == 2
     # Another machine's load may double a time; a model that forgets half of a step's work is further off.
