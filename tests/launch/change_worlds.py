@@ -46,7 +46,7 @@ def main() -> int:
         make_dataset(folder / "store", [(40, 40, 40)] * 18)
         settings = {"steps": STEPS, "batch": BATCH, "engine": "plain"}
         config = write_config(small_config(str(folder / "store"), str(folder / "run"), **settings), folder)
-        start(config, folder / "straight", Place(1, 1)).wait(LIMIT_S)
+        assert start(config, folder / "straight", Place(1, 1)).wait(LIMIT_S) == 0
         pairs = pairs[: options.count]
         for number, (before, then) in enumerate(pairs, start=1):
             rows.append(change(config, folder, random.Random(f"{options.seed} {before} {then}"), before, then))
@@ -102,7 +102,7 @@ def change(config: Path, folder: Path, shots: random.Random, before: int, then: 
     os.kill(json.loads((output / "run.lock").read_text())["pid"], signal.SIGTERM)
     job.wait(LIMIT_S)
     after = len(losses(output))
-    start(config, output, places[1]).wait(LIMIT_S)
+    assert start(config, output, places[1]).wait(LIMIT_S) == 0
     found, expected = losses(output), losses(folder / "straight")
     apart = max(abs(found[step] / expected[step] - 1) for step in found)
     return Row(*places, after, len(found), apart, weights_apart(output, folder / "straight"))

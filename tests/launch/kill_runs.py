@@ -59,6 +59,8 @@ def main() -> int:
                 while range_.enough(part, wanted, number):
                     range_.case(part, number)
                     number += 1
+                if range_.tallies[part].kills < wanted[part]:
+                    range_.failures.append(f"{part}: {range_.tallies[part].kills} kills, {wanted[part]} were wanted")
         print(range_.table())
         for line in range_.failures:
             print(line)
