@@ -1,7 +1,6 @@
 """What `mim-scale doctor` asks of the servers that a run speaks to: MLflow, and a Ray cluster of the user's own."""
 
 import base64
-import errno
 import http.client
 import json
 import os
@@ -62,7 +61,9 @@ def _sqlite(path: Path) -> Iterator[Finding]:
     """One that is there is locked and let go; in place of one that is not, another is made beside and deleted."""
     try:
         if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, "is a folder, not a database")
+            remedy = f"name a file in it: {path / 'mlflow.db'}"
+            yield Finding("warning", "mlflow", f"{path} is a folder, not a database", remedy)
+            return
         if path.is_file():
             with_lock = sqlite3.connect(f"{path.absolute().as_uri()}?mode=rw", uri=True, timeout=2)
             with_lock.execute("BEGIN IMMEDIATE")
