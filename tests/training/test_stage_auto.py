@@ -1,12 +1,13 @@
 """`train.zero_stage: auto`: the lowest stage that fits, with the reason; the run's own record keeps `auto`."""
 
+import functools
 from pathlib import Path
 
 import pytest
 import torch
 
-from mim_scale.config import PretrainConfig
-from mim_scale.methods.cost import USABLE, cost_of
+from mim_scale.config import Checkpointing, PretrainConfig
+from mim_scale.methods.cost import USABLE, Cost, cost_of
 from mim_scale.training import memory
 from mim_scale.training import rank_memory as rank_memory_module
 from mim_scale.training.memory import choose_stage, resolve_stage, with_stage
@@ -22,6 +23,13 @@ ALONE = Ranks(0, 1, 0, torch.device("cpu"))
 def _small_models_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """Stage 3 keeps some weights whole, more than this model has: as if it did not."""
     monkeypatch.setattr(rank_memory_module, "LIVE", 0)
+    monkeypatch.setattr(memory, "cost_of", lambda config, policy: traced(policy))
+
+
+@functools.cache
+def traced(policy: Checkpointing) -> Cost:
+    """The cost of the one network of these tests: it is the same at every stage."""
+    return cost_of(auto(), policy)
 
 
 def auto(**train: object) -> PretrainConfig:
@@ -34,7 +42,7 @@ def auto(**train: object) -> PretrainConfig:
 def needed(config: PretrainConfig, stage: int) -> float:
     policy = config.train.activation_checkpointing
     assert policy != "auto"
-    return rank_memory(cost_of(config, policy), with_stage(config, stage), WORLD, WORLD, True).needed(True)
+    return rank_memory(traced(policy), with_stage(config, stage), WORLD, WORLD, True).needed(True)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -57,7 +65,7 @@ def test_where_none_fits_it_says_so() -> None:
 
 def test_stage_3_is_left_out_where_it_needs_more(monkeypatch: pytest.MonkeyPatch) -> None:
     """A small network's weights are all gathered at once."""
-    monkeypatch.undo()
+    monkeypatch.setattr(rank_memory_module, "LIVE", 100_000_000)
     found, why = choose_stage(auto(), "none", 1000, WORLD, WORLD, True)
     assert found == 2
     assert "2 is the least there is" in why
