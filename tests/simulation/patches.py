@@ -47,6 +47,8 @@ class SimLock(RunLock):
 
     def __init__(self, output: Path) -> None:
         super().__init__(output)
+        if Here.simulation.is_locked:
+            raise AssertionError("two launches hold the folder")
         self._is_held = Here.simulation.is_locked = True
         Here.world.process.at_death.append(self._let_go)
 

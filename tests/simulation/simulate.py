@@ -207,9 +207,6 @@ class Simulation:
         codes = set(launch.codes.values()) - {0, EXIT_REQUEUE, KILLED}
         if codes and (not self._excuses or codes != {CheckpointError.exit_code}):
             raise BrokenError(f"ended with {launch.codes}, and no fault excuses it")
-        # One that found the folder free, because the first launch had died meanwhile, may have it.
-        if launch.codes[0] == 0 and any(second.codes != {0: 2} for second in self.intruders):
-            raise BrokenError(f"a second launch was not refused: {[second.codes for second in self.intruders]}")
 
     def _check_checkpoints(self) -> None:
         folder = CheckpointFolder(self.folder / "run" / "checkpoints", 2)

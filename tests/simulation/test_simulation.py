@@ -97,7 +97,7 @@ FAULTY_PROGRAMS: dict[str, tuple[Any, str, Callable[..., Any], str]] = {
         run_folder.fcntl,
         "flock",
         lambda descriptor, how: None,
-        "second launch was not refused|no fault excuses it",
+        "two launches hold the folder|no fault excuses it",
     ),
 }
 """Of the training: what is wrong, and where; and what the simulation says to it."""
