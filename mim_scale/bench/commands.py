@@ -4,8 +4,12 @@ import argparse
 import json
 import platform
 import statistics
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from mim_scale.training.progress import PLAIN_EVERY_S, duration
 
 DEFAULT_CONFIGS = [Path("configs/tiny.yaml"), Path("configs/base.yaml")]
 GIB = 2**30
@@ -96,12 +100,16 @@ def _of_config(path: Path, config: Any, options: argparse.Namespace, kept: bool,
         return _of_precisions(name, config, options.runs, say)
     if not options.ours_only:
         for ratio in options.ratios:
-            compared = compare(f"encoder, 4 views, {ratio} hidden", encoder_sides(config, ratio), options.runs)
+            part = f"encoder, 4 views, {ratio} hidden"
+            sides = _shown(f"{name} {part}", encoder_sides(config, ratio), options.runs + 1, say)
+            compared = compare(part, sides, options.runs)
             if not options.no_memory:
                 compared.peak_bytes.update({side: peak_bytes(config, side, ratio, kept) for side in compared.seconds})
             parts.append(_told(name, compared, say))
         if not options.no_step:
-            compared = compare("step, one sample", step_sides(config), options.runs)
+            part = "step, one sample"
+            sides = _shown(f"{name} {part}", step_sides(config), options.runs + 1, say)
+            compared = compare(part, sides, options.runs)
             if not options.no_memory:
                 compared.peak_bytes.update({side: peak_bytes(config, side, None, kept) for side in compared.seconds})
             parts.append(_told(name, compared, say))
@@ -129,7 +137,9 @@ def _of_lighter(path: Path, config: Any, options: argparse.Namespace, say: Any) 
 
     reference = benchmark_config(load_config(PretrainConfig, options.against, []), options.views_at_once)
     check_comparable(reference)
-    seconds = in_turns(lighter_sides(config, reference), options.runs)
+    say(f"{options.against.stem}: ours and stock make one pass each, to see that they are equal")
+    sides = lighter_sides(config, reference)
+    seconds = in_turns(_shown(f"{path.stem} and stock {options.against.stem}", sides, options.runs, say), options.runs)
     (visible, tokens), (of_visible, of_tokens) = tokens_seen(config), tokens_seen(reference)
     ratio = statistics.median(b / a for a, b in zip(seconds["ours"], seconds["stock"], strict=True))
     by_visible, by_tokens = ratio * visible / of_visible, ratio * tokens / of_tokens
@@ -144,7 +154,7 @@ def _of_lighter(path: Path, config: Any, options: argparse.Namespace, say: Any) 
 def _of_precisions(name: str, config: Any, runs: int, say: Any) -> dict[str, Any]:
     from mim_scale.bench.step import in_turns, precision_sides, told
 
-    seconds = in_turns(precision_sides(config), runs)
+    seconds = in_turns(_shown(f"{name} step", precision_sides(config), runs, say), runs)
     gain = statistics.median(a / b for a, b in zip(seconds["fp32"], seconds["bf16"], strict=True))
     say(f"{name} step: fp32 {told(seconds['fp32'])}, bf16 {told(seconds['bf16'])} CPU s: bf16 takes 1 / {gain:.2f}")
     return {"cpu_seconds": seconds, "ratio": gain}
@@ -211,6 +221,34 @@ def _on_gpu(configs: dict[Path, Any], options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"device": torch.cuda.get_device_name(), "torch": torch.__version__, "configs": found}))
     return 0
+
+
+def _shown(part: str, sides: dict[str, Any], passes: int, say: Any) -> dict[str, Any]:
+    """The sides, each of which makes so many passes and tells now and then how many are left.
+
+    In lines, as a bar has a thread, whose CPU seconds would be counted too.
+    """
+    taken: dict[str, list[float]] = {name: [] for name in sides}
+    last_told = time.monotonic()
+
+    def told(name: str, run: Callable[[], Any]) -> Callable[[], Any]:
+        def passes_once() -> Any:
+            nonlocal last_told
+            start = time.monotonic()
+            result = run()
+            now = time.monotonic()
+            taken[name].append(now - start)
+            left = {side: passes - len(seconds) for side, seconds in taken.items()}
+            if now - last_told >= PLAIN_EVERY_S and all(taken.values()) and any(left.values()):
+                last_told = now
+                seconds = sum(count * statistics.mean(taken[side]) for side, count in left.items())
+                done = passes * len(sides) - sum(left.values())
+                say(f"{part}: {done} of {passes * len(sides)} passes, {duration(seconds)} left")
+            return result
+
+        return passes_once
+
+    return {name: (module, told(name, run)) for name, (module, run) in sides.items()}
 
 
 def _say(line: str) -> None:

@@ -58,7 +58,8 @@ class Engine(Protocol):
 
 def build_engine(module: nn.Module, config: PretrainConfig, ranks: Ranks) -> Engine:
     """The engine that the config names, around a module that is the same on every rank."""
-    module.to(ranks.device)
+    if config.train.stage < 3:
+        module.to(ranks.device)
     match config.train.engine:
         case "plain":
             from mim_scale.training.engine_plain import PlainEngine

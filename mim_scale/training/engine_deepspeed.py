@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import warnings
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +83,8 @@ class DeepSpeedEngine:
             fused=ranks.device.type == "cuda",
         )
         settings = deepspeed_config(config, ranks)
+        if self._stage == 3:
+            self._cut_up(settings)
         try:
             self._engine, _, _, _ = deepspeed.initialize(
                 model=_TupleOutput(module), optimizer=optimizer, config=settings, dist_init_required=False
@@ -186,6 +189,13 @@ class DeepSpeedEngine:
         """Release hooks and buffers; another engine may be built after it."""
         self._coalescing.close()
         self._engine.destroy()
+
+    def _cut_up(self, settings: dict[str, Any]) -> None:
+        """Give each rank its share of every parameter, one after another: no device ever holds the whole."""
+        # By hand, as the library leaves buffers of a module that it cuts up where they are.
+        for buffer in self._module.buffers():
+            buffer.data = buffer.data.to(self._ranks.device)
+        deepspeed.zero.Init(module=self._module, config_dict_or_path=settings)
 
     def _make_moments(self) -> None:
         """Bring AdamW's moments into being as zeros, so that state can be read and set before the first update.

@@ -8,9 +8,65 @@ import contextlib
 import ctypes
 import os
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 
 PR_SET_CHILD_SUBREAPER = 36
+
+
+@dataclass(frozen=True)
+class ProcessId:
+    """One process and no later one of the same number.
+
+    Args:
+        machine: Its machine's start and its container's processes; nothing where the system does not tell.
+        pid: Its number there.
+        born: When it was started, in clock ticks after the machine's start.
+    """
+
+    machine: str
+    pid: int
+    born: int
+
+    @classmethod
+    def own(cls) -> "ProcessId":
+        """This process."""
+        return cls(_machine(), os.getpid(), _born(os.getpid()))
+
+    def kill(self) -> bool:
+        """Kill it, if it is on this machine and still the same; returns whether it was."""
+        if not self.machine or self.machine != _machine():
+            return False
+        try:
+            # The number cannot go to another process while this is held.
+            held = os.pidfd_open(self.pid)
+        except OSError:
+            return False
+        try:
+            if _born(self.pid) != self.born:
+                return False
+            signal.pidfd_send_signal(held, signal.SIGKILL)
+        except OSError:
+            return False
+        finally:
+            os.close(held)
+        return True
+
+
+def _machine() -> str:
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _born(pid: int) -> int:
+    try:
+        # Field 22 of the line; the name, in brackets, may hold anything.
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError, IndexError):
+        return -1
 
 
 def adopt_orphans() -> None:

@@ -3,7 +3,9 @@
 A rank that waits in a collective for one that will never come looks like work, for as long as the collective's time
 limit. So a thread of every rank talks to rank 0 each second, over a connection that no collective uses. Rank 0 judges:
 a rank that says nothing (stopped, cut off) or whose main thread makes no progress is named, all ranks write their
-stacks into the run folder and leave with the code of a lost rank, and whoever supervises starts them again.
+stacks into the run folder and leave with the code of a lost rank, and whoever supervises starts them again. A process
+that says nothing is killed by those on its machine: stopped, it would not hear that it is to end, and its launcher
+would wait for it.
 """
 
 import contextlib
@@ -17,11 +19,12 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from mim_scale.errors import EXIT_REQUEUE
+from mim_scale.training.processes import ProcessId
 from mim_scale.training.ranks import Ranks
 
 BEAT_S = 1.0
@@ -51,6 +54,8 @@ class Meeting:
     address: str
     port: int
     token: str
+    first: ProcessId
+    """Rank 0."""
 
 
 class Watchdog:
@@ -108,7 +113,7 @@ def watched(ranks: Ranks, address: str, output: Path, limit_s: float | None) -> 
     ending = threading.Event()
     listener = _listen(address) if ranks.rank == 0 and ranks.world > 1 else None
     port = listener.getsockname()[1] if listener is not None else 0
-    meeting = ranks.broadcast(Meeting(address, port, secrets.token_hex(16)))
+    meeting = ranks.broadcast(Meeting(address, port, secrets.token_hex(16), ProcessId.own()))
     if ranks.rank == 0:
         guard: _First | _Other = _First(own, ranks.world, listener, meeting.token, ending)
     else:
@@ -151,6 +156,8 @@ def _run(guard: "_First | _Other", rank: int, output: Path) -> None:
             flush=True,
         )
         time.sleep(LEAVE_S)
+    for process in guard.silent:
+        process.kill()
     # The main thread may be in a collective that will never return, so nothing can be asked of it.
     os._exit(EXIT_REQUEUE)
 
@@ -191,7 +198,10 @@ class _First:
     ) -> None:
         self._own, self._listener, self._token, self._ending = own, listener, token, ending
         self._world = world
+        self.silent: list[ProcessId] = []
         self._heard: dict[int, float] = {}
+        self._gone: dict[int, float] = {}
+        self._processes: dict[int, ProcessId] = {}
         self._hosts = {0: socket.gethostname()}
         self._still: dict[int, tuple[float, str]] = {}
         self._lines: dict[int, _Lines] = {}
@@ -210,9 +220,10 @@ class _First:
                 self._still[0] = self._own.still()
                 verdict = self._judge()
                 if verdict:
+                    self.silent = [self._processes[rank] for rank in self._unheard() if rank in self._processes]
                     for lines in self._lines.values():
                         with contextlib.suppress(OSError):
-                            lines.send(verdict=verdict)
+                            lines.send(verdict=verdict, silent=[asdict(process) for process in self.silent])
                     return verdict
         for lines in self._lines.values():
             with contextlib.suppress(OSError):
@@ -235,8 +246,8 @@ class _First:
                 lines.connection.close()
                 for rank in [rank for rank, held in self._lines.items() if held is lines]:
                     self._lines.pop(rank)
-                    if rank in self._heard:
-                        self._heard[rank] = time.monotonic() - SILENCE_S + GONE_S
+                    if self._heard.pop(rank, None) is not None:
+                        self._gone[rank] = time.monotonic()
 
     def _hear(self, lines: _Lines, message: dict[str, Any]) -> None:
         if message.get("token") != self._token:
@@ -247,6 +258,7 @@ class _First:
             self._still.pop(rank, None)
             return
         self._lines[rank], self._hosts[rank] = lines, str(message["host"])
+        self._processes[rank] = ProcessId(**message["process"])
         self._heard[rank] = time.monotonic()
         self._still[rank] = (float(message["still"]), str(message["doing"]))
         with contextlib.suppress(OSError):
@@ -254,9 +266,11 @@ class _First:
 
     def _judge(self) -> str:
         now = time.monotonic()
-        for rank, heard in sorted(self._heard.items()):
-            if now - heard > SILENCE_S:
-                return f"{self._named(rank)} has said nothing for {now - heard:.0f} s"
+        for rank in self._unheard():
+            return f"{self._named(rank)} has said nothing for {now - self._heard[rank]:.0f} s"
+        for rank, gone in sorted(self._gone.items()):
+            if now - gone > GONE_S:
+                return f"{self._named(rank)} ended without a word {now - gone:.0f} s ago"
         still = {rank: found for rank, found in sorted(self._still.items()) if found[0]}
         # Who waits for others is not to blame, unless all do.
         blamed = {rank: found for rank, found in still.items() if found[1] != EXCHANGE}
@@ -266,6 +280,10 @@ class _First:
             f"{self._named(rank)} has stood still for {seconds:.0f} s in {doing}"
             for rank, (seconds, doing) in (blamed or still).items()
         )
+
+    def _unheard(self) -> list[int]:
+        now = time.monotonic()
+        return [rank for rank, heard in sorted(self._heard.items()) if now - heard > SILENCE_S]
 
     def _named(self, rank: int) -> str:
         host = self._hosts.get(rank)
@@ -279,6 +297,8 @@ class _Other:
 
     def __init__(self, own: Watchdog, rank: int, meeting: Meeting, ending: threading.Event) -> None:
         self._own, self._rank, self._meeting, self._ending = own, rank, meeting, ending
+        self.silent: list[ProcessId] = []
+        self._process = ProcessId.own()
 
     def watch(self) -> str:
         """Until the block ends: nothing; or what rank 0 says is wrong, or that it says nothing."""
@@ -306,12 +326,13 @@ class _Other:
                 for message in told or ():
                     heard = time.monotonic()
                     if message.get("verdict"):
+                        self.silent = [ProcessId(**process) for process in message["silent"]]
                         return str(message["verdict"])
                     if message.get("end"):
                         return ""
                 if time.monotonic() - heard > SILENCE_S:
                     # Nobody else would say it.
-                    self.is_judge = True
+                    self.is_judge, self.silent = True, [self._meeting.first]
                     return (
                         f"rank 0 at {self._meeting.address} has said nothing to rank {self._rank} for {SILENCE_S:.0f} s"
                     )
@@ -321,4 +342,5 @@ class _Other:
         return ""
 
     def _send(self, lines: _Lines, **values: Any) -> None:
-        lines.send(token=self._meeting.token, rank=self._rank, host=socket.gethostname(), **values)
+        who = {"token": self._meeting.token, "rank": self._rank, "host": socket.gethostname()}
+        lines.send(**who, process=asdict(self._process), **values)

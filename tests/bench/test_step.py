@@ -170,3 +170,21 @@ def test_the_first_line_names_the_precisions(
     monkeypatch.setattr(commands, "_of_precisions", lambda *values: {})
     assert run(["bench", "step", "--config", str(small_yaml(tmp_path)), "--bf16", "--default-allocator"]) == 0
     assert ", fp32 and bf16, one thread" in capsys.readouterr().out
+
+
+def test_long_comparisons_tell_how_many_passes_are_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(commands.time, "monotonic", lambda: now[0])
+
+    def passes(seconds: float) -> Any:
+        def once() -> float:
+            now[0] += seconds
+            return seconds
+
+        return (torch.nn.Identity(), once)
+
+    lines: list[str] = []
+    sides = commands._shown("base step", {"ours": passes(2), "stock": passes(10)}, 2, lines.append)
+    results = [run() for _ in range(2) for _, run in sides.values()]
+    assert results == [2, 10, 2, 10]
+    assert lines == ["base step: 2 of 4 passes, 12 s left"], "and not after the last"

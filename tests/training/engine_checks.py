@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 
 from mim_scale.config import PretrainConfig
+from mim_scale.training import engine_deepspeed
 from mim_scale.training.engine import Engine, build_engine
 from mim_scale.training.placement import read_placement
 from mim_scale.training.ranks import Ranks, joined
@@ -103,6 +104,22 @@ def check(engine: str, ranks: Ranks, reference: list[list[float]] | None, **trai
     }
 
 
+def elements_given_to_the_library(ranks: Ranks) -> int:
+    """How much of the parameters, at stage 3, is still whole when DeepSpeed is given the module."""
+    given, initialize = [], engine_deepspeed.deepspeed.initialize
+
+    def looked_at(model: torch.nn.Module, **arguments: object) -> object:
+        given.append(sum(parameter.numel() for parameter in model.parameters()))
+        return initialize(model=model, **arguments)
+
+    engine_deepspeed.deepspeed.initialize = looked_at
+    try:
+        with built(config_of("deepspeed", zero_stage=3), ranks):
+            return given[0]
+    finally:
+        engine_deepspeed.deepspeed.initialize = initialize
+
+
 def main(stages: list[int]) -> None:
     """Check plain and the given ZeRO stages."""
     with joined(read_placement(os.environ)) as ranks:
@@ -115,6 +132,7 @@ def main(stages: list[int]) -> None:
         told["zero_1_bf16"] = check("deepspeed", ranks, reference, zero_stage=1, precision="bf16")
         told["plain_bf16"] = check("plain", ranks, reference, precision="bf16")
         assert "mlflow" not in sys.modules, "DeepSpeed brought it in: seconds of start-up on every rank"
+        told["zero_3"]["whole_elements"] = elements_given_to_the_library(ranks)
         if ranks.rank == 0:
             print("RESULT " + json.dumps(told), flush=True)
 

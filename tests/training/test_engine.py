@@ -53,6 +53,12 @@ def test_contract(world: int, told_at: Callable[[int], dict[str, Any]]) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.parametrize("world", [1, 2])
+def test_at_stage_3_no_device_holds_the_whole(world: int, told_at: Callable[[int], dict[str, Any]]) -> None:
+    assert told_at(world)["zero_3"]["whole_elements"] == 0
+
+
+@pytest.mark.dist
 @pytest.mark.parametrize("engine", FP32)
 def test_one_and_two_ranks_agree(engine: str, told_at: Callable[[int], dict[str, Any]]) -> None:
     traces = [torch.tensor(told_at(world)[engine]["trace"]) for world in (1, 2)]

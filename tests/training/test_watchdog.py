@@ -12,6 +12,7 @@ import pytest
 
 from mim_scale.training import watchdog as module
 from mim_scale.training.journal import read_journal
+from mim_scale.training.processes import ProcessId
 from mim_scale.training.watchdog import EXCHANGE, LEAST_LIMIT_S, STACKS, Watchdog, _First
 from tests.synthetic import make_dataset
 from tests.training.jobs import PRETRAIN, ROOT, environment, free_port, write_config
@@ -88,6 +89,7 @@ def test_a_stopped_rank(config_path: Path, tmp_path: Path, victim: int) -> None:
         assert jobs[1 - victim].wait(120) == 75
         # A loaded machine may be slow to notice; asserting the 30 s of an idle one is for `make soak`.
         print(f"noticed after {time.monotonic() - began:.1f} s")
+        assert jobs[victim].wait(10) == -signal.SIGKILL, "a launcher would wait for the stopped one"
     finally:
         for job in jobs:
             job.send_signal(signal.SIGKILL)
@@ -181,3 +183,24 @@ class TestWatchdog:
         first = _First(Watchdog(), 3, None, "", threading.Event())
         first._heard = {1: time.monotonic(), 2: time.monotonic() - LEAST_LIMIT_S}
         assert first._judge().startswith("rank 2 has said nothing for 20 s")
+
+    def test_a_connection_that_ends_without_a_word_is_told_as_that(self) -> None:
+        first = _First(Watchdog(), 3, None, "", threading.Event())
+        first._gone = {2: time.monotonic() - 6}
+        assert first._judge().startswith("rank 2 ended without a word 6 s ago")
+        first._gone = {2: time.monotonic() - 4}
+        assert first._judge() == "", "it may have said why it ends"
+
+
+class TestProcessId:
+    def test_only_the_same_process_of_this_machine_is_killed(self) -> None:
+        job = subprocess.Popen(["sleep", "600"])
+        told = {"machine": ProcessId.own().machine, "pid": job.pid}
+        born = int(Path(f"/proc/{job.pid}/stat").read_text().rpartition(")")[2].split()[19])
+        assert not ProcessId(**told, born=born - 1).kill(), "an earlier process had this number"
+        assert not ProcessId(machine="another", pid=job.pid, born=born).kill()
+        assert not ProcessId(machine="", pid=job.pid, born=born).kill()
+        assert job.poll() is None
+        assert ProcessId(**told, born=born).kill()
+        assert job.wait(10) == -signal.SIGKILL
+        assert not ProcessId(**told, born=born).kill()
