@@ -31,6 +31,8 @@ SECONDS = 1.0
 SHARE = 16
 """No more than this part of what is free is written."""
 SMALL_SYNCS = 16
+OLD_S = 600.0
+"""What is younger may be another node's, which looks at the same disk right now."""
 SLOW_MB_S, SLOW_SYNC_S = 20.0, 0.2
 MB = 1e6
 MOUNTS = Path("/proc/self/mountinfo")
@@ -125,9 +127,16 @@ def writing(path: Path, save_bytes: int = 0) -> Iterator[Finding]:
         text = f"{folder}: cannot be written: {error.strerror or short(error)}"
         remedy = "choose another output, or have it made writable for you"
         yield Finding("error", "writing", text, full if "space" in text or "quota" in text else remedy)
-    left = [entry.name for entry in folder.glob(f"{TEMPORARY}doctor-*")]
+    left = [entry.name for entry in folder.glob(f"{TEMPORARY}doctor-*") if _is_old(entry)]
     if left:
         yield Finding("note", "writing", f"{folder}: {', '.join(left)} left by a doctor", "delete it once none runs")
+
+
+def _is_old(entry: Path) -> bool:
+    try:
+        return time.time() - entry.stat().st_mtime > OLD_S
+    except FileNotFoundError:
+        return False
 
 
 def _speed(folder: Path, save_bytes: int) -> Iterator[Finding]:

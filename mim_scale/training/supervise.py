@@ -53,8 +53,8 @@ def judge(code: int, reports: Sequence[ExitReport], is_known_good: bool) -> Verd
     """
     told = [report for report in reports if report.code is not None]
     stands = next((report for report in told if report.code not in (0, EXIT_REQUEUE)), None)
-    # DeepSpeed's launcher answers 0 when a part of its own was killed: what the ranks told counts.
-    if code == 0 and all(report.code == 0 for report in reports):
+    # DeepSpeed's launcher answers 0 when a part of its own was killed, and is not 0 where it alone heard a signal.
+    if (code == 0 or reports) and all(report.code == 0 for report in reports):
         return Verdict(False, 0, "done")
     if stands is not None:
         who = "a rank" if stands.rank < 0 else f"rank {stands.rank}"

@@ -5,12 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from mim_scale import disk
+from mim_scale.commit import TEMPORARY
 from mim_scale.doctor import disk as doctor_disk
 from tests.doctor.findings import everything_below, levels
 from tests.training.jobs import ROOT, environment
@@ -97,3 +99,15 @@ def test_a_disk_without_locks_and_without_exchanges(tmp_path: Path, monkeypatch:
     assert (found["renames"], found["locks"]) == ("note", "warning")
     monkeypatch.setattr(fcntl, "flock", lambda file, flags: None)  # as `nolock` mounts do: granted, and no lock
     assert {one.check: one.level for one in doctor_disk.writing(tmp_path)}["locks"] == "warning"
+
+
+def test_what_a_doctor_left_is_told_and_another_at_work_is_not(tmp_path: Path) -> None:
+    """Each node of a run has a doctor that looks at the same disk."""
+    left, beside = (tmp_path / f"{TEMPORARY}doctor-{name}" for name in ("left", "beside"))
+    left.mkdir()
+    beside.mkdir()
+    yesterday = time.time() - 86400
+    os.utime(left, (yesterday, yesterday))
+    (told,) = [one.found for one in doctor_disk.writing(tmp_path) if "left by a doctor" in one.found]
+    assert left.name in told
+    assert beside.name not in told

@@ -55,6 +55,7 @@ KILLED, LOST, DONE = ExitReport(7, 1), ExitReport(8, 0, "run", 75), ExitReport(9
     [
         (0, [DONE], False, False, 0),
         (0, [], False, False, 0),
+        (143, [DONE, DONE], False, False, 0),
         (0, [LOST, DONE], False, True, 75),
         (0, [KILLED], False, True, 75),
         (247, [LOST, KILLED], False, True, 247),
