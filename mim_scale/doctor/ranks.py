@@ -6,7 +6,6 @@ Every rank makes the same calls in the same order, whatever it finds by itself.
 import fcntl
 import os
 import socket
-import statistics
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -14,12 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 
 from mim_scale.doctor.disk import NO_LOCKS, existing, scratch
 from mim_scale.doctor.finding import Finding
 from mim_scale.doctor.run import Facts
 from mim_scale.errors import ConfigError
+from mim_scale.training.all_reduce import time_all_reduce
 from mim_scale.training.host import SYS
 from mim_scale.training.placement import INTERFACE
 from mim_scale.training.ranks import Ranks
@@ -55,31 +54,12 @@ def measure(ranks: Ranks, device: torch.device) -> list[Exchange]:
     table: list[Exchange] = []
     began = time.perf_counter()
     for size in SIZES_GPU if device.type == "cuda" else SIZES:
-        own = (torch.arange(size // 4, device=device) % 1024).float() + ranks.rank
-        times, total = [], own
-        for _ in range(REPEATS + 1):
-            total = own.clone()
-            ranks.gather([0.0])
-            _finish(device)
-            start = time.perf_counter()
-            dist.all_reduce(total)
-            _finish(device)
-            times.append(time.perf_counter() - start)
-        shift = ranks.world * (ranks.world - 1) / 2 - ranks.world * ranks.rank
-        is_right = torch.equal(total, own * ranks.world + shift)
-        # The first one sets connections up.
-        told = ranks.gather([statistics.median(times[1:]), float(is_right), time.perf_counter() - began])
-        seconds = float(told[:, 0].max())
+        seconds, is_right = time_all_reduce(ranks, size, REPEATS, device)
         sent = size * 2 * (ranks.world - 1) / ranks.world
-        table.append(Exchange(device.type, size, seconds, sent / seconds / 1e9, bool(told[:, 1].all())))
-        if told[:, 2].max() > SECONDS:
+        table.append(Exchange(device.type, size, seconds, sent / seconds / 1e9, is_right))
+        if ranks.gather([time.perf_counter() - began]).max() > SECONDS:
             break
     return table
-
-
-def _finish(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def exchanges(ranks: Ranks, parameters: int | None, on_gpus: bool) -> tuple[list[Exchange], list[Finding]]:

@@ -1,8 +1,6 @@
 """How fast ranks exchange, within a node and between nodes: all-reduces of several sizes, timed where they will run."""
 
 import socket
-import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -99,24 +97,16 @@ def _timed(sizes: tuple[int, ...], seconds: tuple[float, ...], members: int) -> 
 
 def _all_reduces(ranks: "Ranks", group: Any) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """Sizes, and the seconds of an all-reduce of each on the slowest rank."""
-    import torch
-    import torch.distributed as dist
+    from mim_scale.training.all_reduce import time_all_reduce
 
     sizes: list[int] = []
     found: list[float] = []
     for size in SIZES:
-        values, times = torch.ones(size // 4, device=ranks.device), []
-        for _ in range(REPEATS + 2):
-            ranks.gather([0.0])
-            start = time.perf_counter()
-            dist.all_reduce(values, group=group)
-            if ranks.device.type == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-            values.fill_(1.0)
-        # The first ones set connections up.
+        seconds, is_right = time_all_reduce(ranks, size, REPEATS, ranks.device, group)
+        if not is_right:
+            raise ClusterError(f"an all-reduce of {size:,} bytes gave wrong sums: `mim-scale doctor` says more")
         sizes.append(size)
-        found.append(float(ranks.gather([statistics.median(times[2:])]).max()))
+        found.append(seconds)
         if found[-1] > LONG_S:
             break
     return tuple(sizes), tuple(found)
