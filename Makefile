@@ -13,8 +13,8 @@ $(READY): pyproject.toml constraints.txt
 	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found; install Python 3.11 or call make with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	@echo "installing torch (the largest part), then the rest; a few minutes, once"
-	$(BIN)/python -m pip install --quiet -c constraints.txt torch
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install -c constraints.txt torch
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev]'
 	touch $(READY)
 
 demo: $(READY)  ## real CT in, pre-trained weights out
