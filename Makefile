@@ -32,8 +32,8 @@ check-types: $(READY)
 contracts: $(READY)
 	$(BIN)/lint-imports
 
-suite: $(READY)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal --durations 10
+suite: $(READY)  ## three at a time for two cores: a fifth of the time is waiting for launchers, servers and time limits
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal --durations 10
 
 bench: $(READY)  ## measured figures; results are committed under docs/benchmarks
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.step

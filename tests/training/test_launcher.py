@@ -143,7 +143,7 @@ def test_killed_and_run_again(config_path: Path, tmp_path: Path, kills: Sequence
     assert last_step(output) < STEPS, "the kills came too late to mean anything"
     job = run([*deepspeed(2), *arguments(config_path, output)])
     assert job.returncode == 0, job.stdout + job.stderr
-    reference = run([*torchrun(2), *arguments(config_path, straight)])
+    reference = run([*torchrun(2), *arguments(config_path, straight), "tracking.mlflow=null"])
     assert reference.returncode == 0, reference.stderr
     assert_equal_checkpoints(output, straight)
     assert not list((output / "checkpoints").glob(".tmp-*"))
