@@ -83,9 +83,9 @@ class DeepSpeedEngine:
             fused=ranks.device.type == "cuda",
         )
         settings = deepspeed_config(config, ranks)
-        if self._stage == 3:
-            self._cut_up(settings)
         try:
+            if self._stage == 3:
+                self._cut_up(settings)
             self._engine, _, _, _ = deepspeed.initialize(
                 model=_TupleOutput(module), optimizer=optimizer, config=settings, dist_init_required=False
             )
