@@ -1,4 +1,8 @@
-"""How long training stands still for a save, beside a plain `torch.save` of the same state, in turns, on one rank."""
+"""How long training stands still for a save, beside a plain `torch.save` of the same state on one rank, in turns.
+
+`python -m benchmarks.checkpoints`, or several ranks: `torchrun --nproc_per_node 2 -m benchmarks.checkpoints`. The stall
+is that of the slowest rank. The plain save is of rank 0 alone, and does not count how the state came to be there.
+"""
 
 import argparse
 import os
@@ -23,7 +27,9 @@ from mim_scale.training.records import Records
 from mim_scale.training.saving import Saver
 
 ROUNDS = 5
-ENGINES = {"plain": ["train.engine=plain"], "DeepSpeed stage 1": ["train.engine=deepspeed", "train.zero_stage=1"]}
+ENGINES = {"plain": ["train.engine=plain"]} | {
+    f"DeepSpeed stage {stage}": ["train.engine=deepspeed", f"train.zero_stage={stage}"] for stage in (1, 2, 3)
+}
 
 
 def main() -> None:
@@ -32,46 +38,53 @@ def main() -> None:
     parser.add_argument("--config", type=Path, default=Path("configs/base.yaml"))
     parser.add_argument("--folder", type=Path, help="on the disk to measure (default: the one of temporary files)")
     options = parser.parse_args()
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}")
-    print("| engine | state, MB | torch.save, s | stall, s | stall / torch.save | written in, s | first stall, s |")
-    print("|---|---|---|---|---|---|---|")
     with joined(read_placement(os.environ)) as ranks:
+        say = print if ranks.rank == 0 else lambda *_, **__: None
+        threads = torch.get_num_threads()
+        say(f"{platform.machine()}, {os.cpu_count()} cores, {ranks.world} ranks of {threads} threads")
+        say("| engine | state, MB | torch.save, s | stall, s | stall / torch.save | written in, s | first stall, s |")
+        say("|---|---|---|---|---|---|---|")
         for name, settings in ENGINES.items():
-            with tempfile.TemporaryDirectory(dir=options.folder) as folder:
+            with tempfile.TemporaryDirectory(dir=options.folder) as own:
+                folder = Path(ranks.broadcast(own))
                 config = load_config(PretrainConfig, options.config, [*settings, f"output={folder}/run"])
-                print(f"| {name} | {measure(config, ranks, Path(folder))} |", flush=True)
+                say(f"| {name} | {measure(config, ranks, folder)} |", flush=True)
+                ranks.gather([0.0])
 
 
 def measure(config: PretrainConfig, ranks: Ranks, folder: Path) -> str:
-    """The columns of one engine."""
+    """The columns of one engine; of rank 0."""
     module = build_method(config, "none")
     engine = build_engine(module, config, ranks)
     fill(engine)
-    records = Records(config, "f" * 64, [(1.0, 1.0, 1.0)] * 2, ranks.world, is_kept_here=True)
-    plain, faults = [], []
+    records = Records(config, "f" * 64, [(1.0, 1.0, 1.0)] * 2, ranks.world, is_kept_here=ranks.rank == 0)
+    plain, stalls, faults = [], [], []
     with records:
-        records.take_up()
+        ranks.on_first(records.take_up)
         progress = Progress(0, 1, 1, is_shown=False)
-        with Saver(engine, ranks, records, progress, (0,), background=True) as saver:
+        with Saver(engine, ranks, records, progress, range(ranks.world), background=True) as saver:
             for turn in range(ROUNDS + 1):
+                plain.append(torch_save(engine, ranks, folder / "plain.pt"))
                 os.sync()
-                plain.append(torch_save(engine, folder / "plain.pt"))
-                os.sync()
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+                ranks.gather([0.0])
+                began, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_minflt
                 saver.save(turn + 1, turn + 1)
+                stalls.append(ranks.gather([time.perf_counter() - began]).max())
                 faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
                 saver.finish()
     engine.close()
+    if ranks.rank:
+        return ""
     rows = [row for row in read_journal(folder / "run" / "journal.jsonl") if row["kind"] == "save"]
-    stalls, writes = ([row[name] for row in rows[1:]] for name in ("stall_s", "write_s"))
-    ratios = [stall / saved for stall, saved in zip(stalls, plain[1:], strict=True)]
-    columns = [f"{rows[0]['bytes'] / 1e6:.0f}", *(told(values) for values in (plain[1:], stalls, ratios, writes))]
-    first = f"{rows[0]['stall_s']:.3f} ({faults[0]:,} page faults; later {max(faults[1:]):,})"
-    return " | ".join([*columns, first])
+    ratios = [stall / saved for stall, saved in zip(stalls[1:], plain[1:], strict=True)]
+    columns = [f"{rows[0]['bytes'] / 1e6:.0f}", told(plain[1:]), told(stalls[1:]), told(ratios)]
+    first = f"{stalls[0]:.3f} ({faults[0]:,} page faults; later {max(faults[1:]):,})"
+    return " | ".join([*columns, told([row["write_s"] for row in rows[1:]]), first])
 
 
 def fill(engine: Engine) -> None:
-    """Moments as after a step, not the zeros that need no memory."""
+    """Moments as after a step, not the zeros that need no memory; the same on all ranks."""
+    torch.manual_seed(0)
     weights, moments = {}, {}
     for kind, name, tensor in engine.state():
         if kind == "weights":
@@ -81,12 +94,16 @@ def fill(engine: Engine) -> None:
     engine.load_state(weights, moments, updates=1)
 
 
-def torch_save(engine: Engine, path: Path) -> float:
+def torch_save(engine: Engine, ranks: Ranks, path: Path) -> float:
     """Seconds of a save as most programs make it: into a file that is replaced, neither synced nor hashed."""
-    began = time.perf_counter()
-    torch.save(gathered(engine), path)
-    seconds = time.perf_counter() - began
-    path.unlink()
+    found = gathered(engine)
+    os.sync()
+    seconds = 1.0
+    if ranks.rank == 0:
+        began = time.perf_counter()
+        torch.save(found, path)
+        seconds = time.perf_counter() - began
+        path.unlink()
     return seconds
 
 

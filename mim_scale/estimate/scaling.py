@@ -86,7 +86,8 @@ class Work:
     """Whether each rank updates its part alone."""
     save_every: int
     state_bytes: float
-    """Exchanged in a save, so that tensors are whole; 0 where every rank has them."""
+    """At most exchanged in a save, so that tensors are whole; 0 where every rank has them. At stages 1 and 2 it is what
+    the ranks' parts cut: hardly anything on two ranks, most on hundreds."""
     held_out_every: int
     held_out_turns: int
     """Micro-batches of a held-out measurement, shared by the ranks."""

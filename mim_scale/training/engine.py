@@ -3,7 +3,7 @@
 State leaves an engine as full fp32 tensors by parameter name, so it fits any number of ranks and any engine.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Protocol
 
 from torch import Tensor, nn
@@ -43,10 +43,15 @@ class Engine(Protocol):
         ranks alike; with `leave_out` the number says nothing.
         """
 
-    def state(self) -> State:
+    def state(self, keepers: Sequence[int] | None = None) -> State:
         """Every weight, and every moment as `name/exp_avg` and `name/exp_avg_sq`, whole, one after another.
 
-        All ranks go through all of them in the same order. The next update changes them: copy what is to be kept.
+        The next update changes them: copy what is to be kept.
+
+        Args:
+            keepers: Ranks to share them out to: each tensor goes to one of them, one that holds it whole where there is
+                such a rank, so that nothing is sent. None for all of them to every rank. All ranks make the same call,
+                and go through to its end: what no rank holds whole is put together by all.
         """
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
@@ -79,6 +84,30 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
         (free if parameter.ndim <= 1 or name.endswith(".bias") else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": free, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
+
+
+class SharingOut:
+    """Which tensors this rank is to keep. Every rank asks for the same tensors in the same order.
+
+    Args:
+        rank: This one.
+        keepers: As for `Engine.state`.
+    """
+
+    def __init__(self, rank: int, keepers: Sequence[int] | None) -> None:
+        self._rank, self._loads = rank, None if keepers is None else dict.fromkeys(keepers, 0)
+
+    def may_stay_with(self, holder: int | None) -> bool:
+        """Whether a tensor that is whole on that rank alone need not be sent."""
+        return self._loads is not None and holder in self._loads
+
+    def is_mine(self, size: int, holder: int | None = None) -> bool:
+        """Whether this rank keeps a tensor of so many numbers, which its holder, or else whoever has least, does."""
+        if self._loads is None:
+            return True
+        keeper = min(self._loads, key=self._loads.__getitem__) if holder is None else holder
+        self._loads[keeper] += size
+        return keeper == self._rank
 
 
 def accumulation(config: PretrainConfig, ranks: Ranks) -> int:

@@ -1,5 +1,7 @@
 """The engine without DeepSpeed: torch AdamW and one all-reduce of the flat gradient. The oracle of the other one."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -8,6 +10,7 @@ from mim_scale.config import PretrainConfig
 from mim_scale.streaming.device import TensorBatch
 from mim_scale.training.engine import (
     MOMENTS,
+    SharingOut,
     State,
     accumulation,
     frozen_state,
@@ -62,9 +65,9 @@ class PlainEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def state(self) -> State:
+    def state(self, keepers: Sequence[int] | None = None) -> State:
         """Weights and moments."""
-        return plain_state(self._module, self._optimizer)
+        return plain_state(self._module, self._optimizer, SharingOut(self._ranks.rank, keepers))
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         """Take weights, moments and the number of updates made so far."""
@@ -87,15 +90,18 @@ class PlainEngine:
             gradient.copy_(reduced.view_as(gradient))
 
 
-def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
-    """Weights and moments of a module and an optimizer that both hold them whole."""
+def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, sharing: SharingOut) -> State:
+    """Weights and moments of a module and an optimizer that both hold them whole on every rank."""
     for name, value in frozen_state(module).items():
-        yield "weights", name, value
+        if sharing.is_mine(value.numel()):
+            yield "weights", name, value
     for name, parameter in trained_parameters(module).items():
-        yield "weights", name, parameter
+        if sharing.is_mine(parameter.numel()):
+            yield "weights", name, parameter
         held = optimizer.state.get(parameter, {})
         for moment in MOMENTS:
-            yield "moments", f"{name}/{moment}", held[moment] if moment in held else torch.zeros_like(parameter)
+            if sharing.is_mine(parameter.numel()):
+                yield "moments", f"{name}/{moment}", held[moment] if moment in held else torch.zeros_like(parameter)
 
 
 def load_plain_state(

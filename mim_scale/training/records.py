@@ -85,8 +85,9 @@ class Records:
             where = str(checkpoint.path)
             refuse_other_run(config_of_record(checkpoint.record, where), self._config, where)
             self._refuse_other_store(checkpoint.record.get("fingerprint"))
-        adopt_config(self._config, self._output)
         self._journal = Journal(self._output / JOURNAL)
+        is_begun = checkpoint is not None or self._journal.first_start is not None
+        adopt_config(self._config, self._output, is_begun)
         if self._journal.first_start is not None:
             self._refuse_other_store(self._journal.first_start.get("fingerprint"))
         return StartingPoint(checkpoint, self._journal.last_held_out)

@@ -86,14 +86,17 @@ class RunLock:
         os.close(self._descriptor)
 
 
-def adopt_config(config: PretrainConfig, output: Path) -> None:
-    """Write the config into the run folder, or see that the one there allows going on with this one.
+def adopt_config(config: PretrainConfig, output: Path, is_begun: bool) -> None:
+    """Write the config into the run folder, once it is seen that a run which was begun there can go on with it.
+
+    Args:
+        is_begun: Whether one was; the config of a start that was refused binds nobody.
 
     Raises:
         ConfigError: a setting that changes results differs; names it with both values.
     """
     path = output / CONFIG
-    if path.is_file():
+    if is_begun and path.is_file():
         refuse_other_run(load_config(PretrainConfig, path), config, str(path))
     write_file(path, dump_config(config).encode())
 

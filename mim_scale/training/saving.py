@@ -136,17 +136,13 @@ class Saver:
             self._tell(save)
 
     def _copy(self) -> None:
-        """This rank's share of the state, into host memory; a tensor goes to whoever has least so far."""
-        loads = [0] * len(self._writers)
-        for kind, name, tensor in self._engine.state():
-            least = loads.index(min(loads))
-            loads[least] += tensor.numel()
-            if self._writers[least] == self._ranks.rank:
-                buffers = self._buffers[kind]
-                if name not in buffers:
-                    is_pinned = tensor.device.type == "cuda"
-                    buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=is_pinned)
-                buffers[name].copy_(tensor.detach(), non_blocking=True)
+        """This rank's share of the state, into host memory."""
+        for kind, name, tensor in self._engine.state(self._writers):
+            buffers = self._buffers[kind]
+            if name not in buffers:
+                is_pinned = tensor.device.type == "cuda"
+                buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=is_pinned)
+            buffers[name].copy_(tensor.detach(), non_blocking=True)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
 

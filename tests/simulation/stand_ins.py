@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.sampling.order import volume_at
+from mim_scale.training.engine import SharingOut
 from mim_scale.training.schedule import learning_rate
 from tests.simulation.virtual import Here
 
@@ -115,14 +116,17 @@ class SimEngine:
             self._updates += 1
         return 1.0
 
-    def state(self) -> Iterator[tuple[str, str, Tensor]]:
+    def state(self, keepers: Sequence[int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
+        sharing = SharingOut(self._ranks.rank, keepers)
         for name, value in self.module.named_parameters():
             if self._is_cut_up:
                 # As ZeRO-3: a tensor is put together by all ranks.
                 self._ranks.exchange("a tensor", name)
-            yield "weights", name, value
+            if sharing.is_mine(value.numel()):
+                yield "weights", name, value
         for name, value in self._moments.items():
-            yield "moments", name, value
+            if sharing.is_mine(value.numel()):
+                yield "moments", name, value
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         with torch.no_grad():

@@ -7,7 +7,7 @@ import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -18,6 +18,7 @@ from mim_scale.training import engine_deepspeed
 from mim_scale.training.engine import Engine, build_engine
 from mim_scale.training.placement import read_placement
 from mim_scale.training.ranks import Ranks, joined
+from mim_scale.training.saving import State
 from tests.training.standin import StandIn, small_config, standin_batch, whole_state
 
 STEPS = 6
@@ -86,6 +87,7 @@ def check(engine: str, ranks: Ranks, reference: list[list[float]] | None, **trai
         weights, moments = ranks.broadcast(whole_state(run))
         trace += advance(run, ranks, range(3, STEPS))
         end = whole_state(run)
+        shared_out = [is_shared_out(run, ranks, keepers, end) for keepers in ((0,), range(ranks.world))]
     with built(config, ranks) as again:
         again.load_state(weights, moments, updates=3)
         loaded = whole_state(again)
@@ -100,8 +102,22 @@ def check(engine: str, ranks: Ranks, reference: list[list[float]] | None, **trai
         "resumed_trace": relative(resumed, trace[3:]),
         "resumed_state": max(largest(end_again[0], end[0]), largest(end_again[1], end[1])),
         "names": sorted(weights),
+        "is_shared_out": shared_out,
         "left_out_norm_is_finite": math.isfinite(norm),
     }
+
+
+def is_shared_out(engine: Engine, ranks: Ranks, keepers: Sequence[int], whole: State) -> bool:
+    """Whether each tensor of the state comes to one keeper, once and as it is; keepers get no more than they must."""
+    own = [(kind, name, value.detach().clone()) for kind, name, value in engine.state(keepers)]
+    found = [(rank, *entry) for rank, entries in enumerate(ranks.gather_objects(own)) for entry in entries]
+    expected = {("weights", name): value for name, value in whole[0].items()}
+    expected |= {("moments", name): value for name, value in whole[1].items()}
+    return (
+        sorted((kind, name) for _, kind, name, _ in found) == sorted(expected)
+        and {rank for rank, *_ in found} == set(keepers)
+        and all(torch.equal(value, expected[kind, name]) for _, kind, name, value in found)
+    )
 
 
 def elements_given_to_the_library(ranks: Ranks) -> int:

@@ -8,8 +8,10 @@ import pytest
 import torch
 
 from mim_scale.config import PretrainConfig
+from mim_scale.config_file import check_config, config_values
 from mim_scale.errors import ConfigError
 from mim_scale.training.deepspeed_settings import deepspeed_config
+from mim_scale.training.loop import pretrain as pretrain_here
 from mim_scale.training.ranks import Ranks
 from tests.synthetic import make_dataset
 from tests.training.jobs import PRETRAIN, errors_of, python, run, write_config
@@ -80,6 +82,9 @@ def test_a_file_reaches_deepspeed(tmp_path: Path) -> None:
     (line,) = errors_of(job)
     assert "train.deepspeed: DeepSpeed refuses it" in line
     assert "reduce_bucket_size" in line
+    # Nothing was begun: the folder is free for another run.
+    values = config_values(small_config(str(tmp_path / "store"), str(tmp_path / "run"), steps=4, engine="plain"))
+    assert pretrain_here(check_config(PretrainConfig, values, "test")) == 0
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "not readable as JSON"), ("[1]", "expected a JSON object")])

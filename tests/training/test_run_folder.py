@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from mim_scale.config import PretrainConfig
-from mim_scale.config_file import check_config, config_values
+from mim_scale.config_file import check_config, config_values, load_config
 from mim_scale.errors import ConfigError, MimScaleError
-from mim_scale.training.run_folder import MAY_CHANGE, RunLock, adopt_config, config_of_record, flatten
+from mim_scale.training.run_folder import CONFIG, MAY_CHANGE, RunLock, adopt_config, config_of_record, flatten
 from tests.training.standin import small_config
 
 HOLD = """
@@ -98,19 +98,26 @@ MAY_NOT = {
 
 @pytest.mark.parametrize("key", MAY)
 def test_operating_settings_may_change(tmp_path: Path, key: str) -> None:
-    adopt_config(small_config(), tmp_path)
+    adopt_config(small_config(), tmp_path, is_begun=True)
     later = changed(small_config(), **{key: MAY[key]})
-    adopt_config(later, tmp_path)
-    adopt_config(later, tmp_path)
+    adopt_config(later, tmp_path, is_begun=True)
+    adopt_config(later, tmp_path, is_begun=True)
 
 
 @pytest.mark.parametrize("key", MAY_NOT)
 def test_settings_that_change_results_may_not(tmp_path: Path, key: str) -> None:
-    adopt_config(small_config(), tmp_path)
+    adopt_config(small_config(), tmp_path, is_begun=True)
     with pytest.raises(ConfigError, match=r"changes results: set it back, or choose another output") as caught:
-        adopt_config(changed(small_config(), **{key: MAY_NOT[key]}), tmp_path)
+        adopt_config(changed(small_config(), **{key: MAY_NOT[key]}), tmp_path, is_begun=True)
     assert str(caught.value).startswith(key.replace("__", "."))
-    adopt_config(small_config(), tmp_path)
+    adopt_config(small_config(), tmp_path, is_begun=True)
+
+
+def test_the_config_of_a_start_that_was_refused_binds_nobody(tmp_path: Path) -> None:
+    adopt_config(small_config(), tmp_path, is_begun=False)
+    later = changed(small_config(), train__batch=8)
+    adopt_config(later, tmp_path, is_begun=False)
+    assert load_config(PretrainConfig, tmp_path / CONFIG) == later
 
 
 def test_every_setting_is_decided() -> None:
