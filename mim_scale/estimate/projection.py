@@ -105,7 +105,6 @@ def work_of(config: PretrainConfig, cost: Cost, policy: Checkpointing, world: in
         readers=config.data.workers,
         is_update_shared=stage > 0,
         save_every=config.checkpoint.every,
-        state_bytes=cost.state_bytes if stage > 0 else 0,
         held_out_every=config.held_out.every,
         held_out_turns=math.ceil(config.held_out.samples / train.micro_batch),
     )

@@ -85,9 +85,6 @@ class Work:
     is_update_shared: bool
     """Whether each rank updates its part alone."""
     save_every: int
-    state_bytes: float
-    """At most exchanged in a save, so that tensors are whole; 0 where every rank has them. At stages 1 and 2 it is what
-    the ranks' parts cut: hardly anything on two ranks, most on hundreds."""
     held_out_every: int
     held_out_turns: int
     """Micro-batches of a held-out measurement, shared by the ranks."""
@@ -187,8 +184,7 @@ def step_time(pace: Pace, work: Work, cluster: Cluster) -> StepTime:
         / work.held_out_every,
     )
     writing = max(0.0, pace.write_s / cluster.ranks - work.save_every * step.training)
-    stall = pace.copy_s / cluster.ranks + all_reduce_s(work.state_bytes, cluster, pace.is_on_cores) + writing
-    return StepTime(**{**vars(step), "saves": stall / work.save_every})
+    return StepTime(**{**vars(step), "saves": (pace.copy_s / cluster.ranks + writing) / work.save_every})
 
 
 def with_failures(seconds: float, step: StepTime, work: Work, cluster: Cluster, failures: Failures) -> float:

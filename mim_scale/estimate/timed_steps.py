@@ -162,11 +162,12 @@ def _copy_s(engine: Engine) -> float:
     seconds = 0.0
     for _ in range(2):
         start = _now()
-        for kind, name, tensor in engine.state():
-            if (kind, name) not in buffers:
-                pinned = tensor.device.type == "cuda"
-                buffers[kind, name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=pinned)
-            buffers[kind, name].copy_(tensor.detach(), non_blocking=True)
+        for piece in engine.pieces():
+            key, numbers = (piece.kind, piece.name), piece.numbers.detach()
+            if key not in buffers:
+                pinned = numbers.device.type == "cuda"
+                buffers[key] = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=pinned)
+            buffers[key].copy_(numbers, non_blocking=True)
         seconds = _now() - start
     return seconds
 

@@ -2,13 +2,15 @@
 
 A checkpoint is a folder `step_00000100/` with `weights.safetensors` (fp32, by parameter name), `moments.safetensors`
 (fp32, by `name/exp_avg` and `name/exp_avg_sq`) and `run.json`, which is written last and names size and hash of both.
-Where several ranks wrote it, each wrote whole tensors into files of its own: `weights-00000-of-00002.safetensors` and
-so on. It is made under a temporary name and published by one rename. Rank 0 alone publishes and chooses.
+Where several ranks wrote it, each wrote what it holds into files of its own: `weights-00000-of-00002.safetensors` and
+so on. Of a tensor that ZeRO cuts up, each has some numbers in a row; under `pieces` the file's metadata says where they
+lie in the whole. It is made under a temporary name and published by one rename. Rank 0 alone publishes and chooses.
 """
 
 import functools
 import importlib.metadata
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,15 +34,35 @@ from mim_scale.errors import CheckpointError, OtherVersionError
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT_VERSION = 2
-READABLE = (1, 2)
-"""Version 1 has one file of each kind, hashes without sizes, and a record whose values are sealed, not its bytes."""
+FORMAT_VERSION = 3
+READABLE = (1, 2, 3)
+"""Version 1 has one file of each kind, hashes without sizes, and a record whose values are sealed, not its bytes.
+Version 2 has whole tensors only."""
 RECORD = "run.json"
 KINDS = ("weights", "moments")
+PIECES = "pieces"
+"""In a file's metadata: JSON, name -> start in the flattened whole, then the whole's shape."""
 VERSIONS_OF = ("mim-scale", "torch", "deepspeed", "numpy", "safetensors")
 
 Files = dict[str, dict[str, Any]]
 """File name -> `sha256` and `bytes`."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one rank saves of a tensor: `numbers` are those from `start` on of the flattened whole of `shape`."""
+
+    kind: str
+    """One of KINDS."""
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numbers: "Tensor"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether nothing of it lies elsewhere."""
+        return self.numbers.numel() == math.prod(self.shape)
 
 
 @dataclass(frozen=True)
@@ -69,15 +91,26 @@ class Checkpoint:
         Raises:
             CheckpointError: a file is unreadable.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         found: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        parts: dict[tuple[str, str], list[Piece]] = {}
         try:
             for name in sorted(self.files):
-                found[re.split(r"[-.]", name)[0]].update(load_file(self.path / name))
-        except (OSError, SafetensorError) as error:
+                kind = re.split(r"[-.]", name)[0]
+                with safe_open(self.path / name, "pt") as file:
+                    places = json.loads((file.metadata() or {}).get(PIECES, "{}"))
+                    for key in file.keys():  # noqa: SIM118
+                        numbers = file.get_tensor(key)
+                        if key in places:
+                            start, *shape = places[key]
+                            parts.setdefault((kind, key), []).append(Piece(kind, key, tuple(shape), start, numbers))
+                        else:
+                            found[kind][key] = numbers
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError(f"{self.path}: became unreadable: {' '.join(str(error).split())}") from None
+        for (kind, key), pieces in parts.items():
+            found[kind][key] = _joined(pieces, self.path)
         return found["weights"], found["moments"]
 
 
@@ -205,7 +238,7 @@ def read_record(folder: Path) -> Checkpoint:
     if record.get("format_version") not in READABLE:
         raise OtherVersionError(
             f"{folder}: format version {record.get('format_version')}, this program reads "
-            f"{' and '.join(map(str, READABLE))}; go on with the program that wrote it, or choose another output"
+            f"{', '.join(map(str, READABLE))}; go on with the program that wrote it, or choose another output"
         )
     if record["format_version"] != READABLE[0]:
         try:
@@ -268,6 +301,21 @@ def check_fits(checkpoint: Checkpoint, weights: "dict[str, Tensor]", expected: d
         raise CheckpointError(
             f"{checkpoint.path}: the model has no {unknown[0]}: the checkpoint belongs to another model"
         )
+
+
+def _joined(pieces: list[Piece], where: Path) -> "Tensor":
+    """The whole tensor."""
+    import torch
+
+    pieces.sort(key=lambda piece: piece.start)
+    first, end = pieces[0], 0
+    for piece in pieces:
+        if piece.start != end or piece.shape != first.shape:
+            break
+        end += piece.numbers.numel()
+    if end != math.prod(first.shape) or end != sum(piece.numbers.numel() for piece in pieces):
+        raise CheckpointError(f"{where}: its pieces of {first.name} do not make a whole; take another checkpoint")
+    return torch.cat([piece.numbers.reshape(-1) for piece in pieces]).reshape(first.shape)
 
 
 def _name(step: int) -> str:

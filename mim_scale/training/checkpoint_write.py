@@ -1,4 +1,4 @@
-"""Writing a checkpoint: each writer its share of the tensors, the first one the record, once all shares are there.
+"""Writing a checkpoint: each writer its share of the state, the first one the record, once all shares are there.
 
 Writers exchange nothing but files, so that each can write in a thread while the ranks compute and exchange gradients.
 """
@@ -7,19 +7,18 @@ import contextlib
 import errno
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Event
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mim_scale import disk
 from mim_scale.commit import make_folder, remove, write_file, write_part
 from mim_scale.errors import CheckpointError
-from mim_scale.training.checkpoint import KINDS, CheckpointFolder, Files
+from mim_scale.training.checkpoint import KINDS, PIECES, CheckpointFolder, Files, Piece
 
 _PIECE = 1 << 25
 """Bytes between two looks at whether the save is given up."""
@@ -38,8 +37,8 @@ class Share:
     token: str
     number: int
     count: int
-    tensors: dict[str, dict[str, Tensor]]
-    """For each kind of file: tensors by name, fp32, on the CPU."""
+    pieces: Sequence[Piece]
+    """fp32, on the CPU."""
     facts: dict[str, Any] = field(default_factory=dict)
     """What else the record tells; of writer 0."""
     sync_journal: Callable[[], None] = lambda: None
@@ -89,22 +88,29 @@ def _write_files(temporary: Path, share: Share, stop: Event) -> Files:
     for kind in KINDS:
         part = f"-{share.number:05d}-of-{share.count:05d}" if share.count > 1 else ""
         name = f"{kind}{part}.safetensors"
-        digest, size = write_part(temporary / name, _pieces(share.tensors[kind], stop))
+        digest, size = write_part(
+            temporary / name, _safetensors([piece for piece in share.pieces if piece.kind == kind], stop)
+        )
         files[name] = {"sha256": digest, "bytes": size}
     return files
 
 
-def _pieces(tensors: dict[str, Tensor], stop: Event) -> Iterator[bytes | memoryview]:
+def _safetensors(pieces: Sequence[Piece], stop: Event) -> Iterator[bytes | memoryview]:
     """A safetensors file: length of the header, header, then the tensors' bytes one after another."""
-    header, end = {}, 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * 4
-        header[name] = {"dtype": "F32", "shape": list(tensor.shape), "data_offsets": [start, end]}
+    header: dict[str, Any] = {}
+    end = 0
+    for piece in pieces:
+        start, end = end, end + piece.numbers.numel() * 4
+        shape = piece.shape if piece.is_whole else piece.numbers.shape
+        header[piece.name] = {"dtype": "F32", "shape": list(shape), "data_offsets": [start, end]}
+    places = {piece.name: [piece.start, *piece.shape] for piece in pieces if not piece.is_whole}
+    if places:
+        header["__metadata__"] = {PIECES: json.dumps(places, separators=(",", ":"))}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     yield len(text).to_bytes(8, "little") + text
-    for tensor in tensors.values():
-        data = tensor.reshape(-1).view(torch.uint8).numpy().data
+    for piece in pieces:
+        data = piece.numbers.reshape(-1).view(torch.uint8).numpy().data
         for start in range(0, len(data), _PIECE):
             if stop.is_set():
                 raise GivenUp

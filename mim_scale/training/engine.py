@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.streaming.device import TensorBatch
+from mim_scale.training.checkpoint import Piece
 from mim_scale.training.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -43,15 +44,16 @@ class Engine(Protocol):
         ranks alike; with `leave_out` the number says nothing.
         """
 
-    def state(self, keepers: Sequence[int] | None = None) -> State:
+    def state(self) -> State:
         """Every weight, and every moment as `name/exp_avg` and `name/exp_avg_sq`, whole, one after another.
 
-        The next update changes them: copy what is to be kept.
+        All ranks go through all of them in the same order. The next update changes them: copy what is to be kept.
+        """
 
-        Args:
-            keepers: Ranks to share them out to: each tensor goes to one of them, one that holds it whole where there is
-                such a rank, so that nothing is sent. None for all of them to every rank. All ranks make the same call,
-                and go through to its end: what no rank holds whole is put together by all.
+    def pieces(self) -> Iterator[Piece]:
+        """This rank's part of the same, to be saved: all ranks' pieces are each number once. Nothing is sent.
+
+        The next update changes them: copy what is to be kept.
         """
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
@@ -86,28 +88,14 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     return [group for group in groups if group["params"]]
 
 
-class SharingOut:
-    """Which tensors this rank is to keep. Every rank asks for the same tensors in the same order.
-
-    Args:
-        rank: This one.
-        keepers: As for `Engine.state`.
-    """
-
-    def __init__(self, rank: int, keepers: Sequence[int] | None) -> None:
-        self._rank, self._loads = rank, None if keepers is None else dict.fromkeys(keepers, 0)
-
-    def may_stay_with(self, holder: int | None) -> bool:
-        """Whether a tensor that is whole on that rank alone need not be sent."""
-        return self._loads is not None and holder in self._loads
-
-    def is_mine(self, size: int, holder: int | None = None) -> bool:
-        """Whether this rank keeps a tensor of so many numbers, which its holder, or else whoever has least, does."""
-        if self._loads is None:
-            return True
-        keeper = min(self._loads, key=self._loads.__getitem__) if holder is None else holder
-        self._loads[keeper] += size
-        return keeper == self._rank
+def shared_out(state: State, rank: int, keepers: Sequence[int]) -> Iterator[Piece]:
+    """What a rank keeps of tensors that all ranks go through: each goes to the keeper that has least so far."""
+    loads = dict.fromkeys(keepers, 0)
+    for kind, name, tensor in state:
+        keeper = min(loads, key=loads.__getitem__)
+        loads[keeper] += tensor.numel()
+        if keeper == rank:
+            yield Piece(kind, name, tuple(tensor.shape), 0, tensor)
 
 
 def accumulation(config: PretrainConfig, ranks: Ranks) -> int:

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,14 +19,15 @@ from torch import Tensor, nn
 from mim_scale.config import PretrainConfig
 from mim_scale.errors import ConfigError
 from mim_scale.streaming.device import TensorBatch
+from mim_scale.training.checkpoint import Piece
 from mim_scale.training.deepspeed_settings import deepspeed_config
 from mim_scale.training.engine import (
     MOMENTS,
-    SharingOut,
     State,
     accumulation,
     frozen_state,
     parameter_groups,
+    shared_out,
     trained_parameters,
 )
 from mim_scale.training.engine_plain import load_plain_state, plain_state
@@ -44,6 +45,7 @@ from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
     safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
     safe_set_local_fp32_param,
@@ -95,11 +97,8 @@ class DeepSpeedEngine:
             if not config.train.deepspeed:
                 raise
             raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None
-        self._holders: dict[str, int] = {}
         if self._stage > 0:
             self._make_moments()
-        if self._stage in {1, 2}:
-            self._holders = self._find_holders()
 
     @property
     def module(self) -> nn.Module:
@@ -153,39 +152,57 @@ class DeepSpeedEngine:
             gradient.fill_(float("inf"))
         return spoilt
 
-    def state(self, keepers: Sequence[int] | None = None) -> State:
-        """Weights and moments; every rank gives its part of what no rank holds whole."""
-        sharing = SharingOut(self._ranks.rank, (0,) if self._ranks.world == 1 else keepers)
+    def state(self) -> State:
+        """Weights and moments; every rank gives its part of each."""
         if self._stage == 0:
-            yield from plain_state(self._module, self._engine.optimizer, sharing)
+            yield from plain_state(self._module, self._engine.optimizer)
             return
         for name, value in frozen_state(self._module).items():
-            if sharing.is_mine(value.numel()):
-                yield "weights", name, value
+            yield "weights", name, value
         for name, parameter in trained_parameters(self._module).items():
-            holder = self._holders.get(name)
-            stays = sharing.may_stay_with(holder)
-            size = getattr(parameter, "ds_numel", parameter.numel())
-            is_mine = sharing.is_mine(size, holder if stays else None)
-            if is_mine or not stays:
-                take = _held_here if stays else _put_together
-                weight, *moments = (take(parameter, moment) for moment in (None, *MOMENTS))
-                if is_mine:
-                    yield "weights", name, weight
-                    for moment, value in zip(MOMENTS, moments, strict=True):
-                        yield "moments", f"{name}/{moment}", value
+            yield "weights", name, self._whole(parameter)
+            for moment in MOMENTS:
+                yield "moments", f"{name}/{moment}", self._whole(parameter, moment)
 
-    def _find_holders(self) -> dict[str, int]:
-        """Which rank holds a parameter whole: stages 1 and 2 cut up the row of all of them, most of them not."""
-        parameters = trained_parameters(self._module)
-        mappings = [parameter._hp_mapping for parameter in parameters.values()]  # type: ignore[attr-defined]
-        held = self._ranks.gather([0 if m is None else m.hp_fragment_address.numel for m in mappings])
-        sizes = [parameter.numel() for parameter in parameters.values()]
-        return {
-            name: int(column.argmax())
-            for name, column, size in zip(parameters, held.T, sizes, strict=True)
-            if column.max() == size
-        }
+    def pieces(self) -> Iterator[Piece]:
+        """Whole tensors, shared out, of what every rank holds; of the rest the parts that ZeRO gave this rank."""
+        rank, world = self._ranks.rank, self._ranks.world
+        if self._stage == 0:
+            yield from shared_out(self.state(), rank, range(world))
+            return
+        frozen = frozen_state(self._module).items()
+        yield from shared_out((("weights", name, value) for name, value in frozen), rank, range(world))
+        for name, parameter in trained_parameters(self._module).items():
+            shape = tuple(getattr(parameter, "ds_shape", parameter.shape))
+            for moment in (None, *MOMENTS):
+                start, numbers = self._part(parameter, moment)
+                if numbers.numel():
+                    kind, key = ("weights", name) if moment is None else ("moments", f"{name}/{moment}")
+                    yield Piece(kind, key, shape, start, numbers)
+
+    def _part(self, parameter: nn.Parameter, moment: str | None) -> tuple[int, Tensor]:
+        """Where this rank's part of a weight or a moment begins, and the part."""
+        if self._stage < 3:
+            mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+            if mapping is None:
+                return 0, torch.empty(0)
+            return mapping.lp_fragment_address.start, mapping.get_hp_fragment(moment)
+        if moment is None:
+            part: Tensor = safe_get_local_fp32_param(parameter)
+        else:
+            part = safe_get_local_optimizer_state(parameter, moment)
+        # The parts are equal, so the last ones may end in padding.
+        start = self._ranks.rank * part.numel()
+        return start, part[: max(0, parameter.ds_numel - start)]  # type: ignore[attr-defined]
+
+    def _whole(self, parameter: nn.Parameter, moment: str | None = None) -> Tensor:
+        if self._stage < 3 and self._ranks.world == 1:
+            # All of it is here; the library would add up copies of it over one rank.
+            return self._part(parameter, moment)[1].view(parameter.shape)
+        value: Tensor = (
+            safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
+        )
+        return value
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         """Take weights, moments and the number of updates made so far."""
@@ -260,20 +277,6 @@ class DeepSpeedEngine:
         """Stage 0 clips but does not tell the norm."""
         gradients = [p.grad for p in trained_parameters(self._module).values() if p.grad is not None]
         return torch.nn.utils.get_total_norm(gradients)
-
-
-def _held_here(parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """A weight, or its moment, that this rank holds whole at stages 1 and 2."""
-    fragment: Tensor = parameter._hp_mapping.get_hp_fragment(moment)  # type: ignore[attr-defined]
-    return fragment.view(parameter.shape)
-
-
-def _put_together(parameter: nn.Parameter, moment: str | None) -> Tensor:
-    """A weight, or its moment, from the parts of all ranks, on all of them."""
-    value: Tensor = (
-        safe_get_full_fp32_param(parameter) if moment is None else safe_get_full_optimizer_state(parameter, moment)
-    )
-    return value
 
 
 class _TupleOutput(nn.Module):

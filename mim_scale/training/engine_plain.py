@@ -1,6 +1,6 @@
 """The engine without DeepSpeed: torch AdamW and one all-reduce of the flat gradient. The oracle of the other one."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -8,13 +8,14 @@ from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.streaming.device import TensorBatch
+from mim_scale.training.checkpoint import Piece
 from mim_scale.training.engine import (
     MOMENTS,
-    SharingOut,
     State,
     accumulation,
     frozen_state,
     parameter_groups,
+    shared_out,
     trained_parameters,
 )
 from mim_scale.training.ranks import Ranks
@@ -65,9 +66,13 @@ class PlainEngine:
         self._optimizer.zero_grad(set_to_none=True)
         return float(norm)
 
-    def state(self, keepers: Sequence[int] | None = None) -> State:
+    def state(self) -> State:
         """Weights and moments."""
-        return plain_state(self._module, self._optimizer, SharingOut(self._ranks.rank, keepers))
+        return plain_state(self._module, self._optimizer)
+
+    def pieces(self) -> Iterator[Piece]:
+        """Whole tensors, shared out."""
+        return shared_out(self.state(), self._ranks.rank, range(self._ranks.world))
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         """Take weights, moments and the number of updates made so far."""
@@ -90,18 +95,15 @@ class PlainEngine:
             gradient.copy_(reduced.view_as(gradient))
 
 
-def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer, sharing: SharingOut) -> State:
-    """Weights and moments of a module and an optimizer that both hold them whole on every rank."""
+def plain_state(module: nn.Module, optimizer: torch.optim.Optimizer) -> State:
+    """Weights and moments of a module and an optimizer that both hold them whole."""
     for name, value in frozen_state(module).items():
-        if sharing.is_mine(value.numel()):
-            yield "weights", name, value
+        yield "weights", name, value
     for name, parameter in trained_parameters(module).items():
-        if sharing.is_mine(parameter.numel()):
-            yield "weights", name, parameter
+        yield "weights", name, parameter
         held = optimizer.state.get(parameter, {})
         for moment in MOMENTS:
-            if sharing.is_mine(parameter.numel()):
-                yield "moments", f"{name}/{moment}", held[moment] if moment in held else torch.zeros_like(parameter)
+            yield "moments", f"{name}/{moment}", held[moment] if moment in held else torch.zeros_like(parameter)
 
 
 def load_plain_state(

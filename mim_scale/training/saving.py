@@ -1,14 +1,15 @@
 """Saves that do not stop the run: the state is copied, and a thread writes the copy while training goes on.
 
-The copies lie in host memory that is kept from save to save. At most one save is under way. Ranks that see the run
-folder share the writing, whole tensors by name; between their threads there is nothing but files, and what became of
-them the main threads exchange at the next step.
+The copies lie in host memory that is kept from save to save. At most one save is under way. Each rank writes what it
+holds of the state; where some do not see the run folder, the others share whole tensors out. Between their threads
+there is nothing but files, and what became of them the main threads exchange at the next step.
 """
 
 import threading
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,9 +19,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mim_scale.commit import TEMPORARY, write_file
-from mim_scale.training.checkpoint import KINDS
+from mim_scale.training.checkpoint import Piece
 from mim_scale.training.checkpoint_write import GivenUp, Share, write_share
-from mim_scale.training.engine import Engine
+from mim_scale.training.engine import Engine, shared_out
 from mim_scale.training.progress import Progress
 from mim_scale.training.ranks import Ranks
 from mim_scale.training.records import Records
@@ -59,7 +60,7 @@ class Saver:
         self._engine, self._ranks, self._records, self._progress = engine, ranks, records, progress
         self._writers, self._background = writers, background
         self._token = ranks.broadcast(uuid.uuid4().hex[:8])
-        self._buffers: dict[str, dict[str, Tensor]] = {kind: {} for kind in KINDS}
+        self._buffers: dict[tuple[str, str], Piece] = {}
         self._under_way: _Save | None = None
 
     def save(self, step: int, updates: int) -> None:
@@ -74,14 +75,14 @@ class Saver:
         number = self._writers.index(self._ranks.rank) if self._ranks.rank in self._writers else None
         share = None
         if number is not None:
-            facts = self._records.facts(step, updates)
-            share = Share(step, self._token, number, len(self._writers), self._buffers, facts, self._records.sync)
+            facts, pieces = self._records.facts(step, updates), list(self._buffers.values())
+            share = Share(step, self._token, number, len(self._writers), pieces, facts, self._records.sync)
         save = self._under_way = _Save(step, began, share, self._records)
         save.stall_s = time.perf_counter() - began
         if not self._background:
             # Not by waiting for the own thread alone: it waits for the shares of others, and one may have failed.
             self.finish()
-            self._buffers = {kind: {} for kind in KINDS}
+            self._buffers = {}
 
     def look(self, wait_s: float | None = 0.0) -> bool:
         """See what has become of the save under way; returns whether none is any more.
@@ -136,13 +137,15 @@ class Saver:
             self._tell(save)
 
     def _copy(self) -> None:
-        """This rank's share of the state, into host memory."""
-        for kind, name, tensor in self._engine.state(self._writers):
-            buffers = self._buffers[kind]
-            if name not in buffers:
-                is_pinned = tensor.device.type == "cuda"
-                buffers[name] = torch.empty(tensor.shape, dtype=torch.float32, pin_memory=is_pinned)
-            buffers[name].copy_(tensor.detach(), non_blocking=True)
+        """This rank's share of the state, into host memory: what it holds, where every rank writes."""
+        rank, is_by_all = self._ranks.rank, len(self._writers) == self._ranks.world
+        pieces = self._engine.pieces() if is_by_all else shared_out(self._engine.state(), rank, self._writers)
+        for piece in pieces:
+            key, numbers = (piece.kind, piece.name), piece.numbers.detach()
+            if key not in self._buffers:
+                room = torch.empty(numbers.shape, dtype=torch.float32, pin_memory=numbers.device.type == "cuda")
+                self._buffers[key] = replace(piece, numbers=room)
+            self._buffers[key].numbers.copy_(numbers, non_blocking=True)
         if self._ranks.device.type == "cuda":
             torch.cuda.synchronize()
 

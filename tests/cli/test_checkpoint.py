@@ -73,7 +73,7 @@ def test_damage_is_named_and_ends_with_3(output: Path, capsys: pytest.CaptureFix
 def test_show_says_what_the_record_says(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["checkpoint", "show", str(output)]) == 0
     told = capsys.readouterr().out
-    for words in ("step_00000006", "6 of 6", "by 2 ranks", "mask_in_mask", "hybrid", "torch 2", "format version 2"):
+    for words in ("step_00000006", "6 of 6", "by 2 ranks", "mask_in_mask", "hybrid", "torch 2", "format version 3"):
         assert words in told
     assert run(["checkpoint", "show", "--json", str(output / "checkpoints" / "step_00000002")]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 2

@@ -50,7 +50,6 @@ WORKS = st.builds(
     readers=st.integers(0, 16),
     is_update_shared=st.booleans(),
     save_every=st.integers(1, 1000),
-    state_bytes=st.floats(0, 1e11),
     held_out_every=st.integers(1, 1000),
     held_out_turns=st.integers(1, 64),
 )
@@ -119,7 +118,7 @@ def test_limits_of_an_all_reduce() -> None:
 
 def test_ranks_beyond_the_cores_take_turns() -> None:
     pace = Pace(micro_batch_s=1.0, spread_s=0.0, update_s=0.0)
-    work = Work(2, 0, 1, 0, 2, False, 100, 0, 100, 1)
+    work = Work(2, 0, 1, 0, 2, False, 100, 100, 1)
     link = Link(0, 1e9)
     assert step_time(pace, work, Cluster(4, 4, 2, link, None)).total == pytest.approx(4.0)
     assert step_time(replace(pace, is_on_cores=False), work, Cluster(4, 4, 2, link, None)).total == pytest.approx(2.0)
@@ -155,7 +154,7 @@ def test_noise_makes_no_link_that_takes_less_than_nothing() -> None:
 
 
 def test_failures_lengthen_a_run_until_it_never_ends() -> None:
-    cluster, work = Cluster(8, 8, 8, Link(0, 1e9), None), Work(1, 0, 1, 0, 1, False, 100, 0, 100, 1)
+    cluster, work = Cluster(8, 8, 8, Link(0, 1e9), None), Work(1, 0, 1, 0, 1, False, 100, 100, 1)
     step = step_time(Pace(1.0, 0.0, 0.0), work, cluster)
     # 100 steps of a second between saves: 50 s of lost work and 50 of restart, every 1000 s.
     assert with_failures(900.0, step, work, cluster, Failures(1000.0, 50.0)) == pytest.approx(1000.0)

@@ -16,12 +16,13 @@ from mim_scale.commit import new_folder, publish_folder, write_file, write_part
 from mim_scale.errors import CheckpointError, DamagedError, StoreError
 from mim_scale.store.dataset import Dataset, commit_dataset
 from mim_scale.store.manifest import QuarantineRow
-from mim_scale.training.checkpoint import CheckpointFolder, read_checkpoint
+from mim_scale.training.checkpoint import CheckpointFolder, Piece, read_checkpoint
 from mim_scale.training.checkpoint_write import Share, write_share
 from mim_scale.training.journal import Journal, read_journal
 from tests.faults.enumerate import Outcomes, Writing, enumerate_faults
 from tests.faults.faulty_disk import CRASHES, REFUSALS, TWISTS
 from tests.synthetic import make_volume, store_volume
+from tests.training.checkpoints import whole
 
 KEEP = 2
 MEMORY = "/dev/shm"
@@ -32,11 +33,12 @@ def save(root: Path, step: int, count: int = 1) -> None:
     folder = CheckpointFolder(root / "checkpoints", KEEP)
     values = torch.arange(6.0) + step
     for number in reversed(range(count)):
-        tensors = {
-            "weights": {f"layer.{number}": values},
-            "moments": {f"layer.{number}/exp_avg": values / 2, f"layer.{number}/exp_avg_sq": values[:0]},
-        }
-        write_share(folder, Share(step, "token", number, count, tensors, {"config": {}}), Event())
+        pieces = [
+            Piece("weights", "layer", (6 * count,), 6 * number, values),
+            whole("moments", f"layer.{number}/exp_avg", values / 2),
+            whole("moments", f"layer.{number}/exp_avg_sq", values[:0]),
+        ]
+        write_share(folder, Share(step, "token", number, count, pieces, {"config": {}}), Event())
 
 
 def newest(root: Path) -> Hashable:

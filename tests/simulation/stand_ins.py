@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from mim_scale.config import PretrainConfig
 from mim_scale.sampling.order import volume_at
-from mim_scale.training.engine import SharingOut
+from mim_scale.training.checkpoint import Piece
+from mim_scale.training.engine import shared_out
 from mim_scale.training.schedule import learning_rate
 from tests.simulation.virtual import Here
 
@@ -116,17 +117,27 @@ class SimEngine:
             self._updates += 1
         return 1.0
 
-    def state(self, keepers: Sequence[int] | None = None) -> Iterator[tuple[str, str, Tensor]]:
-        sharing = SharingOut(self._ranks.rank, keepers)
+    def state(self) -> Iterator[tuple[str, str, Tensor]]:
         for name, value in self.module.named_parameters():
             if self._is_cut_up:
                 # As ZeRO-3: a tensor is put together by all ranks.
                 self._ranks.exchange("a tensor", name)
-            if sharing.is_mine(value.numel()):
-                yield "weights", name, value
+            yield "weights", name, value
         for name, value in self._moments.items():
-            if sharing.is_mine(value.numel()):
-                yield "moments", name, value
+            yield "moments", name, value
+
+    def pieces(self) -> Iterator[Piece]:
+        rank, world = self._ranks.rank, self._ranks.world
+        state = [("weights", *entry) for entry in self.module.named_parameters()]
+        state += [("moments", *entry) for entry in self._moments.items()]
+        if not self._is_cut_up:
+            yield from shared_out(state, rank, range(world))
+            return
+        for kind, name, value in state:
+            share = -(-value.numel() // world)
+            part = value.detach().flatten()[rank * share : (rank + 1) * share]
+            if part.numel() or not value.numel():
+                yield Piece(kind, name, tuple(value.shape), rank * share if part.numel() else 0, part)
 
     def load_state(self, weights: dict[str, Tensor], moments: dict[str, Tensor], updates: int) -> None:
         with torch.no_grad():

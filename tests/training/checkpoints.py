@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, read_checkpoint
+from mim_scale.training.checkpoint import Checkpoint, CheckpointFolder, Piece, read_checkpoint
 from mim_scale.training.checkpoint_write import Share, write_share
 
 Tensors = dict[str, torch.Tensor]
@@ -32,11 +32,17 @@ def save_state(
 ) -> None:
     """Save as `count` writers, the first one last, so that nobody waits."""
     for number in reversed(range(count)):
-        parts = {
-            kind: dict(list(tensors.items())[number::count])
+        pieces = [
+            whole(kind, name, tensor)
             for kind, tensors in (("weights", weights), ("moments", moments))
-        }
-        write_share(folder, Share(step, "token", number, count, parts, facts), Event())
+            for name, tensor in list(tensors.items())[number::count]
+        ]
+        write_share(folder, Share(step, "token", number, count, pieces, facts), Event())
+
+
+def whole(kind: str, name: str, tensor: torch.Tensor) -> Piece:
+    """A tensor that lies in one file."""
+    return Piece(kind, name, tuple(tensor.shape), 0, tensor)
 
 
 def save(folder: CheckpointFolder, *steps: int, count: int = 1) -> None:

@@ -3,21 +3,28 @@
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from threading import Event
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mim_scale import commit, disk
 from mim_scale.errors import CheckpointError, OtherVersionError
 from mim_scale.training import checkpoint
-from mim_scale.training.checkpoint import RECORD, CheckpointFolder, check_fits, read_checkpoint
-from tests.training.checkpoints import assert_is, refuse_to_tell, save, state
+from mim_scale.training.checkpoint import RECORD, CheckpointFolder, Piece, check_fits, read_checkpoint
+from mim_scale.training.checkpoint_write import Share, write_share
+from tests.training.checkpoints import FACTS, assert_is, refuse_to_tell, save, state, whole
 
 WEIGHTS, MOMENTS = "weights.safetensors", "moments.safetensors"
-FORMAT_1 = Path(__file__).parent / "checkpoint_format_1"
+FORMAT_1, FORMAT_2 = (Path(__file__).parent / f"checkpoint_format_{version}" for version in (1, 2))
 
 
 def names(folder: CheckpointFolder) -> list[str]:
@@ -34,8 +41,8 @@ def seal_again(path: Path, **changes: object) -> None:
 def test_a_whole_checkpoint_of_another_version_is_not_passed_over(tmp_path: Path) -> None:
     folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
     save(folder, 2, 4)
-    seal_again(folder.path / "step_00000004" / RECORD, format_version=3)
-    with pytest.raises(OtherVersionError, match="format version 3, this program reads 1 and 2"):
+    seal_again(folder.path / "step_00000004" / RECORD, format_version=4)
+    with pytest.raises(OtherVersionError, match="format version 4, this program reads 1, 2, 3"):
         folder.newest(refuse_to_tell)
 
 
@@ -48,6 +55,13 @@ def test_version_1_is_read() -> None:
     assert torch.equal(weights["layer.bias"], torch.tensor([0.5, -1.0, 2.0]))
     assert set(moments) == {f"{name}/{moment}" for name in weights for moment in ("exp_avg", "exp_avg_sq")}
     assert torch.equal(moments["layer.bias/exp_avg"], weights["layer.bias"] * 0.1)
+
+
+def test_version_2_is_read() -> None:
+    found = CheckpointFolder(FORMAT_2, keep=2).newest(refuse_to_tell)
+    assert_is(found, 3)
+    assert found is not None
+    assert (found.record["format_version"], len(found.files)) == (2, 4)
 
 
 @pytest.mark.parametrize("name", [WEIGHTS, MOMENTS, RECORD])
@@ -66,7 +80,7 @@ def test_round_trip_and_retention(tmp_path: Path) -> None:
     assert sorted(path.name for path in (folder.path / "step_00000006").iterdir()) == [MOMENTS, RECORD, WEIGHTS]
     assert_is(folder.newest(refuse_to_tell), 100_000_000)
     record = json.loads((folder.path / "step_00000006" / RECORD).read_text())
-    assert record["format_version"] == 2
+    assert record["format_version"] == 3
     assert record["position"] == 8
     assert record["versions"]["torch"]
     with safe_open(folder.path / "step_00000006" / WEIGHTS, "pt") as file:
@@ -82,6 +96,53 @@ def test_written_by_several_ranks(tmp_path: Path, count: int) -> None:
     files = sorted(path.name for path in (folder.path / "step_00000002").iterdir())
     parts = [f"-{number:05d}-of-{count:05d}.safetensors" for number in range(count)]
     assert files == sorted([*(kind + part for kind in ("weights", "moments") for part in parts), RECORD])
+
+
+def in_pieces(cuts: list[int], count: int) -> list[list[Piece]]:
+    """The state of step 3 for `count` writers: each tensor cut at these places, pieces dealt out in turns."""
+    dealt: list[list[Piece]] = [[] for _ in range(count)]
+    for kind, tensors in zip(("weights", "moments"), state(3), strict=True):
+        for name, tensor in tensors.items():
+            places = sorted({0, tensor.numel(), *(min(place, tensor.numel()) for place in cuts[: count - 1])})
+            if tensor.numel() == 0:
+                dealt[0].append(whole(kind, name, tensor))
+            for number, (start, end) in enumerate(pairwise(places)):
+                numbers = tensor.flatten()[start:end]
+                dealt[(len(name) + number) % count].append(Piece(kind, name, tuple(tensor.shape), start, numbers))
+    return dealt
+
+
+def write(folder: CheckpointFolder, dealt: list[list[Piece]]) -> None:
+    for number, pieces in reversed(list(enumerate(dealt))):
+        write_share(folder, Share(3, "token", number, len(dealt), pieces, FACTS), Event())
+
+
+@given(cuts=st.lists(st.integers(0, 16), min_size=4, max_size=4), count=st.integers(1, 5))
+@settings(max_examples=30, deadline=None)
+def test_pieces_make_the_whole_wherever_they_are_cut(cuts: list[int], count: int) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = CheckpointFolder(Path(name) / "checkpoints", keep=2)
+        write(folder, in_pieces(cuts, count))
+        assert_is(folder.newest(refuse_to_tell), 3)
+
+
+@pytest.mark.parametrize("fault", ["missing", "twice", "overlapping", "another shape"])
+def test_pieces_that_make_no_whole_are_refused(tmp_path: Path, fault: str) -> None:
+    first, second = in_pieces([7], 2)
+    piece = next(piece for piece in second if piece.name == "layer.weight")
+    others = [one for one in second if one is not piece]
+    if fault == "overlapping":
+        others.append(replace(piece, start=piece.start + (1 if piece.start == 0 else -1)))
+    elif fault == "another shape":
+        others.append(replace(piece, shape=(5, 3)))
+    elif fault == "twice":
+        first, others = [one for one in first if one.name != "layer.weight"] + [piece], [*others, piece]
+    folder = CheckpointFolder(tmp_path / "checkpoints", keep=2)
+    write(folder, [first, others])
+    found = folder.newest(refuse_to_tell)
+    assert found is not None
+    with pytest.raises(CheckpointError, match=r"its pieces of layer.weight do not make a whole"):
+        found.load()
 
 
 def cut(path: Path, share: float) -> None:
@@ -137,7 +198,7 @@ RECORD_ONLY: dict[str, Callable[[Path], object]] = {
     "null": put(b"null"),
     "other spaces": lambda path: path.write_bytes(path.read_bytes().replace(b" ", b"  ")),
     "a step more": lambda path: path.write_bytes(path.read_bytes().replace(b'"step": 3', b'"step": 4')),
-    "a version more": lambda path: path.write_bytes(path.read_bytes().replace(b'version": 2', b'version": 3')),
+    "a version more": lambda path: path.write_bytes(path.read_bytes().replace(b'version": 3', b'version": 4')),
 }
 
 
@@ -237,7 +298,7 @@ def test_other_format_version_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(checkpoint, "FORMAT_VERSION", 99)
     save(CheckpointFolder(tmp_path, keep=2), 1)
     monkeypatch.undo()
-    with pytest.raises(CheckpointError, match="format version 99, this program reads 1 and 2"):
+    with pytest.raises(CheckpointError, match="format version 99, this program reads 1, 2, 3"):
         read_checkpoint(tmp_path / "step_00000001")
 
 

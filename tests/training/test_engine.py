@@ -49,7 +49,7 @@ def test_contract(world: int, told_at: Callable[[int], dict[str, Any]]) -> None:
         assert found["resumed_trace"] == 0.0, name
         assert found["resumed_state"] == 0.0, name
         assert not found["left_out_norm_is_finite"], name
-        assert found["is_shared_out"] == [True, True], name
+        assert found["are_pieces_whole"], name
         assert found["names"] == sorted(StandIn().state_dict()), name
 
 

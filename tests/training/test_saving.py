@@ -114,7 +114,7 @@ def test_at_most_one_is_under_way_and_its_memory_is_kept(
     gate = Gate(monkeypatch)
     with saver_of(engine, records) as saver:
         saver.save(1, 1)
-        places = {name: value.data_ptr() for name, value in saver._buffers["moments"].items()}
+        places = {key: piece.numbers.data_ptr() for key, piece in saver._buffers.items()}
         assert gate.reached.wait(60)
         advance(engine)
         now = whole_state(engine)
@@ -125,7 +125,7 @@ def test_at_most_one_is_under_way_and_its_memory_is_kept(
         gate.open()
         second.join(60)
         saver.finish()
-        assert {name: value.data_ptr() for name, value in saver._buffers["moments"].items()} == places
+        assert {key: piece.numbers.data_ptr() for key, piece in saver._buffers.items()} == places
     assert [path.name for path in records.checkpoints.folders()] == ["step_00000002", "step_00000001"]
     assert_published(records, 2, now)
 
@@ -159,7 +159,7 @@ def test_in_the_foreground_it_is_there_when_save_returns(engine: Engine, records
     with saver_of(engine, records, background=False) as saver:
         saver.save(3, 3)
         assert_published(records, 3, whole_state(engine))
-        assert not saver._buffers["weights"], "no host memory is kept"
+        assert not saver._buffers, "no host memory is kept"
 
 
 @pytest.mark.parametrize(("error", "is_written"), [(RuntimeError, True), (KeyboardInterrupt, False)])
