@@ -86,9 +86,10 @@ def report(console: Console, config: PretrainConfig, encoder: Path, seconds: lis
     table.add_row("journal, one line a step", str(output / "journal.jsonl"), f"{config.train.steps} steps")
     table.add_row("checkpoints", str(output / "checkpoints"), f"newest {config.checkpoint.keep} kept")
     table.add_row("pictures", str(output / "pictures"), "reconstructions and loss curve")
-    table.add_row("MLflow", f"{_bin()}/mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db", "")
     table.add_row("encoder", str(encoder), "model.safetensors + config.json")
     console.print(table)
+    mlflow = f"{_bin()}/mlflow ui --backend-store-uri sqlite:///{output}/mlflow.db"
+    console.print(f"metrics: {mlflow}", soft_wrap=True, highlight=False)
     for title, spent in seconds:
         console.print(f"  {spent:6.1f} s  {title}", highlight=False)
     if speeds:

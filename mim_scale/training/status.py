@@ -48,6 +48,10 @@ class Status:
     starts: int
     """Processes that took the run up."""
     world: int | None
+    again_from: int | None
+    """The step where the run was taken up, while it makes steps again that have their rows; None otherwise."""
+    again_age_s: float | None
+    """Since it was taken up there."""
     left_out: int
     """Steps without an update."""
     slowest_rank: int | None
@@ -93,6 +97,7 @@ def read_status(folder: Path) -> Status:
         checkpoint_age_s=now - saved[1] if saved else None,
         starts=len(starts),
         world=starts[-1]["world"] if starts else None,
+        **_made_again(rows),
         left_out=sum("left_out" in row for row in steps),
         **_slowest(recent if starts and starts[-1]["world"] > 1 else []),
     )
@@ -111,6 +116,11 @@ def told(folder: Path, status: Status) -> str:
     if status.step_age_s is not None:
         line += f"; last step {duration(status.step_age_s)} ago"
     lines.append(line)
+    if status.again_from is not None and status.again_age_s is not None:
+        lines.append(
+            f"taken up after step {status.again_from:,}, {duration(status.again_age_s)} ago: steps up to "
+            f"{status.step:,} are made again, without rows"
+        )
     if status.slowest_rank is not None and status.slowest_times is not None:
         lines.append(f"slowest: rank {status.slowest_rank}, {status.slowest_times:.2f} times the middle of the ranks")
     if status.loss is not None:
@@ -123,6 +133,15 @@ def told(folder: Path, status: Status) -> str:
     else:
         lines.append(f"last checkpoint: step {status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago")
     return "\n".join(lines)
+
+
+def _made_again(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """By the order of rows, as clocks jump."""
+    last = next((row for row in reversed(rows) if row["kind"] in {"start", "step"}), None)
+    done = max((row["step"] for row in rows if row["kind"] == "step"), default=0)
+    if last is None or last["kind"] == "step" or last["step"] >= done:
+        return {"again_from": None, "again_age_s": None}
+    return {"again_from": last["step"], "again_age_s": time.time() - last["time"]}
 
 
 def _slowest(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -28,6 +28,8 @@ from mim_scale.training.stop import SIGNALS
 
 POLL_S = 0.1
 LONGEST_PAUSE_S = 60.0
+TRACKING_S = 60.0
+"""How long MLflow may take to hear of the end of a run."""
 EXITS_THAT_STAND = (2, 3)
 """A user's mistake and damaged data: no restart mends them, whoever says so."""
 EXITS_BY_SIGNAL = 128
@@ -105,12 +107,12 @@ class Supervisor:
             if not verdict.may_help:
                 if verdict.code:
                     _say(f"{verdict.why}; not started again")
-                return verdict.code
+                return self._tracked(verdict.code, reports)
             if not self._signals and not self._may_try_again(verdict):
-                return verdict.code
+                return self._tracked(verdict.code, reports)
             if self._signals:
                 _say(f"asked to stop by {signal.Signals(self._signals[0]).name}: the same command goes on")
-                return EXIT_REQUEUE
+                return self._tracked(EXIT_REQUEUE, reports)
 
     def _launch(self) -> tuple[int, list[ExitReport]]:
         """Run the command once, to the end of all that came of it."""
@@ -136,6 +138,15 @@ class Supervisor:
             shutil.rmtree(folder, ignore_errors=True)
         self._output = next((report.output for report in reports if report.output), self._output)
         return _positive(os.waitstatus_to_exitcode(ended[1])), reports
+
+    def _tracked(self, code: int, reports: Sequence[ExitReport]) -> int:
+        """The code, once MLflow was told how the run ended, where rank 0 ended without a word."""
+        if self._output is not None and any(report.rank == 0 and report.code is None for report in reports):
+            status = "KILLED" if self._signals else "FAILED"
+            command = [sys.executable, "-m", "mim_scale.training.tracking_end", self._output, status]
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                subprocess.run(command, timeout=TRACKING_S, check=False)
+        return code
 
     def _pass_on(self, keeper: int, folder: Path, sent: set[tuple[int, int]]) -> None:
         """Give the ranks every signal that came, once; a launcher gets it only where no rank of it lives here."""

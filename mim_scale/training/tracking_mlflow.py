@@ -6,7 +6,7 @@ nothing is lost however long MLflow is away. The run's id is kept in `mlflow_run
 the same run, from the last step that MLflow has. Failures are counted and told once; they never reach the training.
 
 The run is RUNNING from the start of a process to its orderly end. One whose process was killed stays so until the next
-start: the tag `process` names whom to look for, and its system metrics end where it did.
+start, or until its supervisor gives it up (`tracking_end.py`): the tag `process` names whom to look for.
 """
 
 import contextlib
@@ -212,6 +212,13 @@ class MlflowTracker:
         run_id = str(known["run_id"])
         client.update_run(run_id, status="RUNNING")
         return run_id
+
+    def known_run(self, client: "MlflowClient") -> str | None:
+        """The id of the run that this folder has begun, None where there is none: a kill may have kept its id."""
+        if not self._run_file.is_file():
+            return None
+        known = json.loads(self._run_file.read_bytes())
+        return known["run_id"] or self._search(client, str(known["key"]))
 
     def _search(self, client: "MlflowClient", key: str) -> str | None:
         found = client.search_runs([self._experiment_id(client)], f"tags.`{RUN_KEY}` = '{key}'")

@@ -1,6 +1,8 @@
 """Real runs of two ranks under the supervisor: killed, they end with the weights of a run that nothing happened to."""
 
+import contextlib
 import signal
+import sqlite3
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -38,6 +40,27 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
     assert lines[0].startswith("supervisor: no rank ended by itself, the launcher with 137; starting again in 1 s (")
     assert run([*python(), *arguments(config, straight)]).returncode == 0
     assert_same_end(output, straight)
+
+
+def test_mlflow_hears_of_an_end_that_the_run_could_not_tell(tmp_path: Path) -> None:
+    config, output = small_run(tmp_path, steps=400), tmp_path / "run"
+    command = [*python(), *arguments(config, output), "tracking.mlflow=auto"]
+    with supervised(*command, options=("--restarts", "0")) as job:
+        until(lambda: status_of(output) == "RUNNING" and len(losses(output)) >= 3, lambda: job.poll() is None)
+        ranks(job.pid)[0].kill()
+        code, lines = ended(job, LIMIT_S)
+    assert (code, len(lines)) == (137, 1)
+    assert "not started again (restarts without a step after" in lines[0]
+    assert status_of(output) == "FAILED"
+
+
+def status_of(output: Path) -> str | None:
+    """The run's status in its own database, None before it is there; sqlite, as importing MLflow takes seconds."""
+    if not (output / "mlflow.db").is_file():
+        return None
+    with contextlib.closing(sqlite3.connect(output / "mlflow.db")) as database:
+        found = database.execute("SELECT status FROM runs").fetchall()
+    return found[0][0] if found else None
 
 
 @pytest.mark.soak

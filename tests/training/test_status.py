@@ -39,6 +39,19 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_steps_that_are_made_again(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert status_of(folder, capsys)["again_from"] is None
+    journal = Journal(folder / JOURNAL)
+    journal.write("start", 36, time=time.time() - 90, world=2)
+    journal.write("held_out", 36, held_out={"loss": 0.5})
+    assert status_of(folder, capsys)["again_from"] == 36
+    assert run(["status", str(folder)]) == 0
+    assert "taken up after step 36, 1 min 30 s ago: steps up to 40 are made again" in capsys.readouterr().out
+    journal.write("step", 41, loss=1.0, epoch=4.1, samples_per_second=2.0, data_wait=0.25, time=time.time())
+    journal.close()
+    assert status_of(folder, capsys)["again_from"] is None
+
+
 def status_of(folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
     assert run(["status", str(folder), "--json"]) == 0
     found: dict[str, Any] = json.loads(capsys.readouterr().out)
