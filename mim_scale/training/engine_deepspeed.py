@@ -41,6 +41,7 @@ if "mlflow" not in sys.modules:
     sys.modules["mlflow"] = None  # type: ignore[assignment]
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -93,7 +94,7 @@ class DeepSpeedEngine:
             self._engine, _, _, _ = deepspeed.initialize(
                 model=_TupleOutput(module), optimizer=optimizer, config=settings, dist_init_required=False
             )
-        except (ValueError, TypeError, AssertionError) as error:
+        except (ValueError, TypeError, AssertionError, DeepSpeedConfigError) as error:
             if not config.train.deepspeed:
                 raise
             raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {' '.join(str(error).split())[:300]}") from None

@@ -11,11 +11,13 @@ from mim_scale.config import PretrainConfig
 from mim_scale.config_file import check_config, config_values
 from mim_scale.errors import ConfigError
 from mim_scale.training.deepspeed_settings import deepspeed_config
+from mim_scale.training.engine import build_engine
 from mim_scale.training.loop import pretrain as pretrain_here
-from mim_scale.training.ranks import Ranks
+from mim_scale.training.placement import Placement
+from mim_scale.training.ranks import Ranks, joined
 from tests.synthetic import make_dataset
 from tests.training.jobs import PRETRAIN, errors_of, python, run, write_config
-from tests.training.standin import small_config
+from tests.training.standin import StandIn, small_config
 
 
 def settings(world: int = 1, **train: Any) -> dict[str, Any]:
@@ -85,6 +87,13 @@ def test_a_file_reaches_deepspeed(tmp_path: Path) -> None:
     # Nothing was begun: the folder is free for another run.
     values = config_values(small_config(str(tmp_path / "store"), str(tmp_path / "run"), steps=4, engine="plain"))
     assert pretrain_here(check_config(PretrainConfig, values, "test")) == 0
+
+
+def test_what_deepspeed_has_given_up_is_one_line() -> None:
+    given_up = {"zero_optimization": {"mics_shard_size": 1}}
+    config = small_config(engine="deepspeed", zero_stage=3, deepspeed=given_up)
+    with joined(Placement(0, 1, 0, "127.0.0.1", 0)) as ranks, pytest.raises(ConfigError, match="mics_shard_size"):
+        build_engine(StandIn(), config, ranks)
 
 
 @pytest.mark.parametrize(("text", "words"), [("{", "not readable as JSON"), ("[1]", "expected a JSON object")])
