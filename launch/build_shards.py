@@ -24,7 +24,7 @@ def main() -> int:
     parser.add_argument("--config", type=Path, required=True, help="YAML file; configs/build.yaml is one to start from")
     parser.add_argument("--nodes", type=int, default=1, help="wait until so many nodes have joined the cluster")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="such as source=/data/ct spacing=1.5")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     config = load_config(BuildConfig, options.config, options.overrides)
     if options.nodes == 1:
         return build(config)

@@ -41,7 +41,7 @@ def main() -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="settings to replace, for example train.steps=100"
     )
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     placement = read_placement(os.environ)
     tell_supervisor(os.environ, rank=placement.rank)
     try:

@@ -27,8 +27,12 @@ def append(path: Path) -> io.FileIO:
 
 
 def write(file: io.FileIO, data: bytes | memoryview) -> int:
-    """Write some of the data; returns how many bytes."""
-    return file.write(data) or 0
+    """Write some of the data; returns how many bytes. A refusal names the file, which the system's own does not."""
+    try:
+        return file.write(data) or 0
+    except OSError as error:
+        error.filename = error.filename or file.name
+        raise
 
 
 def truncate(file: io.FileIO, size: int) -> None:

@@ -6,6 +6,7 @@
     +-- StoreError           2   a store is missing, uncommitted, or not the one expected
     |   +-- DamagedError     3   bytes that were committed no longer match their checksum
     +-- CheckpointError      2   no checkpoint can be used, or it belongs to another run
+    |   +-- DamagedCheckpointError 3  there are some, and none is whole
     |   +-- OtherVersionError 2  a whole one, of another version of the format
     +-- ClusterError         2   Ray or the ranks cannot be reached or started
     |   +-- LostRankError   75   another rank went away, or did not come: start again
@@ -63,6 +64,12 @@ class DamagedError(StoreError):
 
 class CheckpointError(MimScaleError):
     """No checkpoint can be used, or it belongs to another run."""
+
+
+class DamagedCheckpointError(CheckpointError):
+    """A run has checkpoints, and none is whole."""
+
+    exit_code = 3
 
 
 class OtherVersionError(CheckpointError):

@@ -4,6 +4,7 @@ What changes results has no default: it is written in the YAML. Relations that c
 below trusts the values. Axes are (z, y, x) everywhere; a single integer means the same on every axis.
 """
 
+from importlib.metadata import entry_points
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -22,6 +23,9 @@ from mim_scale.config.parts import (
     as_tuple,
 )
 from mim_scale.config.plan import PlanConfig
+
+TRACKING_SCHEMES = ("http", "https", "sqlite", "postgresql", "mysql", "mssql", "file", "databricks", "databricks-uc")
+"""What MLflow itself knows, drivers (`postgresql+psycopg2`) left out."""
 
 
 class DataConfig(Section):
@@ -153,10 +157,25 @@ class HeldOutConfig(Section):
     samples: Positive
 
 
+def _tracking_uri(value: Any) -> Any:
+    """Refuse what MLflow could never reach: it would be told once the run is under way."""
+    if value is None or value in ("auto", "databricks"):
+        return value
+    scheme, found, _ = str(value).partition("://")
+    plugins = (entry.name for entry in entry_points(group="mlflow.tracking_store"))
+    if (
+        not isinstance(value, str)
+        or not (found or scheme.startswith("file:"))
+        or (scheme.partition("+")[0] not in {*TRACKING_SCHEMES, *plugins})
+    ):
+        raise ValueError("give auto, null for none, or an address of MLflow (http://, https://, sqlite:///, ...)")
+    return value
+
+
 class TrackingConfig(Section):
     """Where metrics go besides journal.jsonl."""
 
-    mlflow: str | None
+    mlflow: Annotated[str | None, BeforeValidator(_tracking_uri)]
     """A tracking URI; `auto` is a SQLite file in the run folder; null for none."""
     experiment: str = "mim-scale"
 

@@ -29,7 +29,7 @@ from mim_scale.commit import (
     unsealed,
     write_file,
 )
-from mim_scale.errors import CheckpointError, OtherVersionError
+from mim_scale.errors import CheckpointError, DamagedCheckpointError, OtherVersionError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -162,8 +162,8 @@ class CheckpointFolder:
         """The newest checkpoint that verifies; each damaged one before it is named to `tell`.
 
         Raises:
-            CheckpointError: there are checkpoints and none verifies, or the newest good one is of another format
-                version.
+            DamagedCheckpointError: there are checkpoints and none verifies.
+            OtherVersionError: the newest good one is of another format version.
         """
         damaged = []
         for folder in self.folders():
@@ -179,7 +179,7 @@ class CheckpointFolder:
             self._verified.add(folder.name)
             return checkpoint
         if damaged:
-            raise CheckpointError(
+            raise DamagedCheckpointError(
                 f"{self.path}: none of {len(damaged)} checkpoints is whole ({', '.join(damaged)}); restore one from a "
                 "copy, or move the folder away to begin again"
             )

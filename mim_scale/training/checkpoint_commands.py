@@ -22,7 +22,11 @@ def add_checkpoint(verbs: Any) -> None:
     for name, action, words in (
         ("list", _list, "step, age, size and ranks of each; that its files are there, hashes are not computed"),
         ("verify", _verify, "the same, every hash computed"),
-        ("show", _show, "what the record of the newest whole one, or of the one named, says"),
+        (
+            "show",
+            _show,
+            "what the record of the newest, or of the one whose folder is named, says; no hash is computed",
+        ),
     ):
         one = actions.add_parser(name, help=words)
         one.add_argument("path", type=Path, metavar="RUN_OR_FOLDER", help="a run, or one checkpoint")

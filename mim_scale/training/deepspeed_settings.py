@@ -67,7 +67,9 @@ def _merged(own: dict[str, Any], users: dict[str, Any], where: str) -> dict[str,
             merged[name] = _merged(own[name], value, key)
         elif name in STATED and name in own:
             if value not in (own[name], "auto"):
-                raise ConfigError(f"{key} is {value!r}, but {STATED[name]} make it {own[name]!r}: leave it out")
+                raise ConfigError(
+                    f"{key} is {value!r}, but by {STATED[name]} it is {own[name]!r}: leave it out here, and set that"
+                )
         else:
             merged[name] = value
     return merged

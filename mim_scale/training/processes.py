@@ -69,6 +69,14 @@ def _born(pid: int) -> int:
         return -1
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a process was stopped by a signal and waits for another to go on."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "T"
+    except (OSError, IndexError):
+        return False
+
+
 def adopt_orphans() -> None:
     """Make this process the one that orphans among its descendants are given to.
 

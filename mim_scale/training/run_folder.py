@@ -77,8 +77,12 @@ class RunLock:
                     f"output {output}: another run is alive in it ({holder}); wait for it, or end it"
                 ) from None
         text = json.dumps({"pid": os.getpid(), "host": socket.gethostname()}).encode()
-        os.ftruncate(self._descriptor, 0)
-        os.pwrite(self._descriptor, text, 0)
+        try:
+            os.ftruncate(self._descriptor, 0)
+            os.pwrite(self._descriptor, text, 0)
+        except OSError as error:
+            os.close(self._descriptor)
+            raise ConfigError(f"output {output}: cannot be written ({error.strerror}); make room there") from None
 
     def release(self) -> None:
         """Let the folder go."""

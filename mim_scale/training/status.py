@@ -112,7 +112,7 @@ def told(folder: Path, status: Status) -> str:
     if status.samples_per_second is not None and status.data_wait is not None:
         line += f"; {status.samples_per_second:.2f} samples/s, data wait {status.data_wait:.0%}"
     if status.left_s is not None:
-        line += f"; {duration(status.left_s)} left"
+        line += f"; {duration(status.left_s)} " + ("left" if status.state == "running" else "to go once it runs")
     if status.step_age_s is not None:
         line += f"; last step {duration(status.step_age_s)} ago"
     lines.append(line)
@@ -131,7 +131,10 @@ def told(folder: Path, status: Status) -> str:
     if status.checkpoint_age_s is None:
         lines.append("no checkpoint yet")
     else:
-        lines.append(f"last checkpoint: step {status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago")
+        line = f"last checkpoint: step {status.checkpoint_step:,}, {duration(status.checkpoint_age_s)} ago"
+        if status.state == "not running":
+            line += "; the same command goes on from there, if `mim-scale checkpoint verify` finds it whole"
+        lines.append(line)
     return "\n".join(lines)
 
 

@@ -22,12 +22,16 @@ from typing import NoReturn
 from mim_scale.errors import EXIT_REQUEUE, ConfigError
 from mim_scale.training.exit_report import FOLDER, ExitReport, read_reports
 from mim_scale.training.journal import read_journal
-from mim_scale.training.processes import adopt_orphans, descendants, end_descendants
+from mim_scale.training.processes import adopt_orphans, descendants, end_descendants, is_stopped
 from mim_scale.training.run_folder import JOURNAL
 from mim_scale.training.stop import SIGNALS
 
 POLL_S = 0.1
 LONGEST_PAUSE_S = 60.0
+LOOKS_APART = 10
+"""Polls between two looks at whether ranks are stopped."""
+STOPPED_S = 20.0
+"""Longer than the watch over several ranks takes."""
 TRACKING_S = 60.0
 """How long MLflow may take to hear of the end of a run."""
 EXITS_THAT_STAND = (2, 3)
@@ -70,7 +74,7 @@ def judge(code: int, reports: Sequence[ExitReport], is_known_good: bool) -> Verd
     if not killed:
         why = f"all ranks ended in order ({EXIT_REQUEUE}: start again)"
     else:
-        why = f"rank {killed} ended without a word" if told else "no rank ended by itself"
+        why = f"rank {killed} ended without a word" if told or len(reports) == 1 else "no rank ended by itself"
     return Verdict(True, code or EXIT_REQUEUE, f"{why}, the launcher with {code}")
 
 
@@ -128,8 +132,10 @@ class Supervisor:
         os.close(alive)
         try:
             sent: set[tuple[int, int]] = set()
+            looks: dict[int, int] = {}
             while not (ended := os.waitpid(keeper, os.WNOHANG))[0]:
                 self._pass_on(keeper, folder, sent)
+                _kill_stopped(keeper, folder, looks)
                 time.sleep(POLL_S)
             end_descendants()
             reports = read_reports(folder)
@@ -183,6 +189,24 @@ class Supervisor:
         while time.monotonic() < until and not self._signals:
             time.sleep(POLL_S)
         return True
+
+
+def _kill_stopped(keeper: int, folder: Path, looks: dict[int, int]) -> None:
+    """Kill ranks that stay stopped: the watch of several ranks is quicker, but one rank has nobody to miss it.
+
+    Looks are counted, not seconds: where a scheduler stops all, the supervisor counts none meanwhile.
+    """
+    looks[-1] = looks.get(-1, 0) + 1
+    if looks[-1] % LOOKS_APART:
+        return
+    family = descendants(keeper)
+    for report in read_reports(folder):
+        stopped = report.pid in family and is_stopped(report.pid)
+        looks[report.pid] = looks.get(report.pid, 0) + 1 if stopped else 0
+        if looks[report.pid] * LOOKS_APART * POLL_S > STOPPED_S:
+            _say(f"rank {report.rank} was stopped (SIGSTOP) and has not gone on for {STOPPED_S:.0f} s: it is killed")
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(report.pid, signal.SIGKILL)
 
 
 def _keep(command: list[str], environment: dict[str, str], alive: int, folder: Path) -> NoReturn:

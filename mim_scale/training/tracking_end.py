@@ -17,8 +17,10 @@ from mim_scale.training.tracking_mlflow import RUN_FILE, MlflowTracker
 def main() -> int:
     """Set the status of a run that MLflow takes for running and nobody makes; silent where there is nothing to tell."""
     run, status = Path(sys.argv[1]), sys.argv[2]
+    if not (run / RUN_FILE).is_file() or holder_of(run / LOCK)[1]:
+        return 0
     tracking = load_config(PretrainConfig, run / CONFIG).tracking
-    if tracking.mlflow is None or not (run / RUN_FILE).is_file() or holder_of(run / LOCK)[1]:
+    if tracking.mlflow is None:
         return 0
     tracker = MlflowTracker(tracking.mlflow, tracking.experiment, run, run / JOURNAL)
     try:

@@ -22,8 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mim_scale.commit import TEMPORARY, sha256_file, sync_folder, temporary_beside, write_file
-from mim_scale.errors import ConfigError
-from mim_scale.training.run_folder import CHECKPOINTS, CONFIG, JOURNAL, PICTURES, SYSTEM
+from mim_scale.training.run_folder import CHECKPOINTS, CONFIG, PICTURES, SYSTEM
 from mim_scale.training.tracking import Status, Tail, metrics_of
 
 if TYPE_CHECKING:
@@ -36,11 +35,14 @@ POLL_S = 1.0
 LONGEST_WAIT_S = 60.0
 CLOSE_S = 60.0
 """How long the end of a run may wait for MLflow to take the last rows."""
+SILENT_S = 3.0
+"""How much of that passes without a word."""
 MAX_METRICS = 1000
 """What MLflow accepts in one call."""
 MAX_DIGEST = 36
 """What MLflow keeps of a dataset's digest."""
 ENDING_WAIT_S = 4.0
+SQLITE = b"SQLite format 3\0"
 CHECKPOINT_TABLE = "checkpoints.json"
 QUIET = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -93,10 +95,14 @@ class MlflowTracker:
         self._status = status
         self._ending.set()
         self._wake.set()
-        self._thread.join(CLOSE_S)
+        self._thread.join(min(SILENT_S, CLOSE_S))
+        if self._thread.is_alive():
+            _say(f"waiting for MLflow at {self._uri} to take the last rows, {CLOSE_S:.0f} s at most")
+            self._thread.join(CLOSE_S - min(SILENT_S, CLOSE_S))
         if not self.delivered:
             _say(
-                "the last rows did not reach MLflow; the journal has them, and they go up when the run is started again"
+                "the last rows did not reach MLflow; the journal has them, and they go up when the run is started "
+                "again while MLflow takes them"
             )
 
     def _follow(self) -> None:
@@ -194,8 +200,10 @@ class MlflowTracker:
 
         # Again: somebody may have imported it before. We tell what fails, in one line, without MLflow's tracebacks.
         logging.getLogger("mlflow").setLevel(logging.CRITICAL)
-        if self._database is not None and not self._database.exists():
-            _make_database(self._database)
+        if self._database is not None:
+            _put_damaged_aside(self._database)
+            if not self._database.exists():
+                _make_database(self._database)
         return MlflowClient(tracking_uri=self._uri)
 
     def _find_or_make_run(self, client: "MlflowClient") -> str:
@@ -203,6 +211,9 @@ class MlflowTracker:
         known: dict[str, Any] = {"key": uuid.uuid4().hex, "run_id": None}
         if self._run_file.is_file():
             known = json.loads(self._run_file.read_bytes())
+        if known["run_id"] is not None and not _has_run(client, known["run_id"]):
+            _say(f"MLflow at {self._uri} has lost this run; it gets a new one, with all that the journal holds")
+            known["run_id"] = None
         if known["run_id"] is None:
             write_file(self._run_file, json.dumps(known).encode())
             run_id = self._search(client, known["key"]) or self._make(client, known["key"])
@@ -297,53 +308,6 @@ class MlflowTracker:
         return self._seen[mark]
 
 
-def register(run: Path, uri: str, export: Path, model: str, alias: str | None, facts: dict[str, str]) -> str:
-    """Upload an export to its run in MLflow, and make it a version of a registered model.
-
-    Args:
-        run: The run folder.
-        uri: As the run's `tracking.mlflow`.
-        export: The folder that was exported.
-        model: The registered model's name; made where there is none.
-        alias: Moved to this version; None for none.
-        facts: Tags of the version: step, hash and the like.
-
-    Returns:
-        Where it is: the server, and `models:/NAME/3`. Weights that are a version already stay that one.
-
-    Raises:
-        ConfigError: the run is not known to MLflow, or MLflow does not take the export.
-    """
-    try:
-        run_id = str(json.loads((run / RUN_FILE).read_bytes())["run_id"] or "")
-    except (OSError, ValueError, KeyError, TypeError):
-        run_id = ""
-    if not run_id:
-        raise ConfigError(
-            f"{run}: {RUN_FILE} names no run of MLflow; start the run again, also if it is done: it sends what it lacks"
-        )
-    tracker = MlflowTracker(uri, "", run, run / JOURNAL)
-    try:
-        client = tracker.new_client()
-        where = f"exports/{export.name}-step-{facts['step']}"
-        client.log_artifacts(run_id, str(export), where)
-        source = f"{client.get_run(run_id).info.artifact_uri}/{where}"
-        if not client.search_registered_models(f"name = '{model}'"):
-            client.create_registered_model(model)
-        versions = client.search_model_versions(f"name = '{model}' and run_id = '{run_id}'")
-        same = [one.version for one in versions if one.tags.get("sha256") == facts["sha256"]]
-        version = same[0] if same else client.create_model_version(model, source, run_id=run_id, tags=facts).version
-        if alias is not None:
-            client.set_registered_model_alias(model, alias, version)
-    except Exception as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(
-            f"MLflow at {tracker.uri} does not register {export} ({reason}); the export stands: mend that, then start "
-            "the same command again"
-        ) from None
-    return f"{tracker.uri}: models:/{model}/{version}"
-
-
 def _changed(path: Path) -> int:
     """When a file was last written, in ns; 0 for one that was deleted meanwhile."""
     try:
@@ -361,6 +325,31 @@ def _checkpoint_table(records: list[Path]) -> str:
             step = int(record.parent.name.rpartition("_")[2])
             table.append({"step": step, "path": str(record.parent.resolve()), "sha256": sha256_file(record)})
     return json.dumps(table, indent=1)
+
+
+def _has_run(client: "MlflowClient", run_id: str) -> bool:
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code != "RESOURCE_DOES_NOT_EXIST":
+            raise
+        return False
+    return True
+
+
+def _put_damaged_aside(database: Path) -> None:
+    """A file that is no database would never take a row again; the journal fills a new one."""
+    with contextlib.suppress(FileNotFoundError):
+        with open(database, "rb") as file:
+            head = file.read(len(SQLITE))
+        if head and head != SQLITE:
+            aside = database.with_name(f"{database.name}.damaged-{int(time.time())}")
+            os.replace(database, aside)
+            _say(
+                f"{database} was no database any more and is {aside.name} now; a new one gets all that the journal has"
+            )
 
 
 def _make_database(path: Path) -> None:

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from mim_scale.errors import EXIT_REQUEUE
+from mim_scale.training.exit_report import tell_supervisor
 from mim_scale.training.processes import ProcessId
 from mim_scale.training.ranks import Ranks
 
@@ -158,6 +159,7 @@ def _run(guard: "_First | _Other", rank: int, output: Path) -> None:
         time.sleep(LEAVE_S)
     for process in guard.silent:
         process.kill()
+    tell_supervisor(os.environ, code=EXIT_REQUEUE)
     # The main thread may be in a collective that will never return, so nothing can be asked of it.
     os._exit(EXIT_REQUEUE)
 

@@ -95,7 +95,7 @@ def register_export(report: ExportReport, model: str, alias: str | None) -> str:
     Raises:
         ConfigError: the run is tracked by none, or MLflow does not take it; the export stands.
     """
-    from mim_scale.training.tracking_mlflow import register
+    from mim_scale.training.tracking_register import register
 
     run = report.checkpoint.parent.parent
     checkpoint = read_record(report.checkpoint)

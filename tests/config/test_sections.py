@@ -58,6 +58,17 @@ def test_what_teaches_nothing_or_does_not_fit_is_refused(
         method_config(*pair, **sections)
 
 
+@pytest.mark.parametrize("uri", ["foo", "htp://127.0.0.1:1", "", False, 5, "../mlruns"])
+def test_where_mlflow_cannot_be_is_refused(uri: object) -> None:
+    with pytest.raises(ConfigError, match=r"tracking.mlflow .*give auto, null for none, or an address of MLflow"):
+        method_config("mae", "vit", tracking={"mlflow": uri})
+
+
+@pytest.mark.parametrize("uri", ["auto", None, "http://a:5000", "https://a", "sqlite:////x/m.db", "databricks://p"])
+def test_where_mlflow_may_be(uri: str | None) -> None:
+    assert method_config("mae", "vit", tracking={"mlflow": uri}).tracking.mlflow == uri
+
+
 def test_another_method_or_backbone_is_named_as_such() -> None:
     """Not by the first of the settings that the other one lacks."""
     begun = method_config("mask_in_mask", "hybrid")

@@ -1,6 +1,7 @@
 """The supervisor: what is started again and what is not, who hears a signal, and that nothing is left behind."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from mim_scale.training import supervise
 from mim_scale.training.exit_report import FOLDER, ExitReport, read_reports, tell_supervisor
 from mim_scale.training.supervise import judge
 from tests.launch.runs import SUPERVISE, ended, family, gone, supervised
@@ -163,6 +165,26 @@ def test_a_killed_launcher_leaves_no_orphan_and_is_started_again(tmp_path: Path)
         assert gone(ranks, within_s=0.1)
     assert (code, starts(tmp_path)) == (0, 2)
     assert "no rank ended by itself, the launcher with 137; starting again" in lines[0]
+
+
+def test_a_rank_that_stays_stopped_is_killed(tmp_path: Path) -> None:
+    """One rank has no other that could miss it. Looks count, not seconds, so none passes here."""
+    looks: dict[int, int] = {}
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"]) as rank:
+        (tmp_path / "1.jsonl").write_text(json.dumps({"pid": rank.pid, "rank": 0}) + "\n")
+        for signum, polls in (
+            (signal.SIGCONT, 300),
+            (signal.SIGSTOP, 150),
+            (signal.SIGCONT, 150),
+            (signal.SIGSTOP, 250),
+        ):
+            assert rank.poll() is None, "killed without need"
+            rank.send_signal(signum)
+            is_stopped = signum == signal.SIGSTOP
+            until(lambda stopped=is_stopped: (psutil.Process(rank.pid).status() == psutil.STATUS_STOPPED) == stopped)
+            for _ in range(polls):
+                supervise._kill_stopped(os.getpid(), tmp_path, looks)
+        assert rank.wait(10) == -signal.SIGKILL
 
 
 @pytest.mark.parametrize("who", ["supervisor", "keeper"])

@@ -37,7 +37,9 @@ def test_a_killed_rank_is_started_again(tmp_path: Path) -> None:
         code, lines = ended(job, LIMIT_S)
     assert code == 0, lines
     assert len(lines) == 1
-    assert lines[0].startswith("supervisor: no rank ended by itself, the launcher with 137; starting again in 1 s (")
+    assert lines[0].startswith(
+        "supervisor: rank 0 ended without a word, the launcher with 137; starting again in 1 s ("
+    )
     assert run([*python(), *arguments(config, straight)]).returncode == 0
     assert_same_end(output, straight)
 

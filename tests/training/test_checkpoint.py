@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from mim_scale import commit, disk
-from mim_scale.errors import CheckpointError, OtherVersionError
+from mim_scale.errors import CheckpointError, DamagedCheckpointError, OtherVersionError
 from mim_scale.training import checkpoint
 from mim_scale.training.checkpoint import RECORD, CheckpointFolder, Piece, check_fits, read_checkpoint
 from mim_scale.training.checkpoint_write import Share, write_share
@@ -290,7 +290,7 @@ def test_all_damaged_is_an_error_not_a_new_beginning(tmp_path: Path) -> None:
     save(folder, 1, 2)
     for name in names(folder):
         cut(tmp_path / name / MOMENTS, 0.5)
-    with pytest.raises(CheckpointError, match="none of 2 checkpoints is whole"):
+    with pytest.raises(DamagedCheckpointError, match="none of 2 checkpoints is whole"):
         CheckpointFolder(tmp_path, keep=2).newest(lambda text: None)
 
 

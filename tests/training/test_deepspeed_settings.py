@@ -40,9 +40,12 @@ def test_what_is_not_ours_passes_at_any_depth() -> None:
 @pytest.mark.parametrize(
     ("users", "words"),
     [
-        ({"train_batch_size": 999}, "train.deepspeed.train_batch_size is 999, but train.batch make it 4"),
-        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but train.zero_stage make it 1"),
-        ({"gradient_clipping": 7.0}, "gradient_clipping is 7.0, but optimizer.clip_norm make it"),
+        (
+            {"train_batch_size": 999},
+            "train.deepspeed.train_batch_size is 999, but by train.batch it is 4: leave it out here, and set that",
+        ),
+        ({"zero_optimization": {"stage": 3}}, "zero_optimization.stage is 3, but by train.zero_stage it is 1"),
+        ({"gradient_clipping": 7.0}, "gradient_clipping is 7.0, but by optimizer.clip_norm it is"),
         ({"optimizer": {"type": "Adam"}}, "train.deepspeed.optimizer: this is decided by optimizer"),
         ({"bf16": {"enabled": True}}, "train.deepspeed.bf16: this is decided by train.precision"),
         ({"activation_checkpointing": {}}, "decided by train.activation_checkpointing"),
@@ -72,8 +75,8 @@ def test_what_would_be_ignored_is_refused(train: dict[str, Any]) -> None:
 
 def pretrain(tmp_path: Path, config: PretrainConfig, text: str) -> Any:
     (tmp_path / "ds.json").write_text(text)
-    words = ["--config", str(write_config(config, tmp_path)), "--deepspeed_config", str(tmp_path / "ds.json")]
-    return run([*python(), PRETRAIN, *words, f"output={tmp_path / 'run'}"])
+    words = ["--config", str(write_config(config, tmp_path)), f"output={tmp_path / 'run'}", "--deepspeed_config"]
+    return run([*python(), PRETRAIN, *words, str(tmp_path / "ds.json"), "train.batch=4"])
 
 
 def test_a_file_reaches_deepspeed(tmp_path: Path) -> None:

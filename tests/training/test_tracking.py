@@ -1,7 +1,9 @@
 """MLflow shows what the journal holds: every step once, in one run, whatever was killed; it never stops training."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 import time
@@ -16,7 +18,7 @@ from mim_scale.training import tracking_mlflow
 from mim_scale.training.journal import Journal
 from mim_scale.training.tracking import NoTracker, open_tracker
 from mim_scale.training.tracking_mlflow import MlflowTracker
-from tests.training.jobs import ROOT, environment
+from tests.training.jobs import ROOT, environment, run
 from tests.training.mlflow_server import copy_database
 
 PARAMS = {"seed": 3, "plan.levels.0.cells": [2, 2, 2]}
@@ -249,6 +251,32 @@ def test_a_store_that_fails_is_told_once_and_caught_up(
     assert tracker.failures == 2
     assert [step for step, _ in history(output)] == list(range(1, 13))
     assert capfd.readouterr().err.count("does not take metrics") == 1
+
+
+@pytest.mark.parametrize("damage", ["gone", "no database"])
+def test_a_lost_database_is_filled_again(output: Path, damage: str) -> None:
+    journal = Journal(output / "journal.jsonl")
+    journal.write("start", 0, **START)
+    for step in range(1, 4):
+        journal.write("step", step, loss=float(step), position=step, time=time.time())
+    journal.close()
+    # In processes of their own: MLflow keeps open what it has once opened.
+    program = (
+        "import sys; from pathlib import Path; from mim_scale.training.tracking_mlflow import MlflowTracker as T; "
+    )
+    program += "run = Path(sys.argv[1]); t = T('auto', 'mim-scale', run, run / 'journal.jsonl'); t.start({}); "
+    program += "t.close('FINISHED'); sys.exit(not t.delivered)"
+    for turn in range(2):
+        done = run([sys.executable, "-c", program, str(output)])
+        assert done.returncode == 0, done.stderr
+        assert ("has lost this run" in done.stderr) == (turn == 1)
+        with contextlib.closing(sqlite3.connect(output / "mlflow.db")) as database:
+            steps = database.execute("SELECT step FROM metrics WHERE key = 'position' ORDER BY step").fetchall()
+            assert steps == [(1,), (2,), (3,)]
+        (output / "mlflow.db").unlink()
+        if damage == "no database":
+            (output / "mlflow.db").write_bytes(b"something else" * 300)
+    assert len(list(output.glob("mlflow.db.damaged-*"))) == (damage == "no database")
 
 
 def test_mlflow_away_for_the_whole_run(
