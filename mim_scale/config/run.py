@@ -168,7 +168,9 @@ def _tracking_uri(value: Any) -> Any:
         or not (found or scheme.startswith("file:"))
         or (scheme.partition("+")[0] not in {*TRACKING_SCHEMES, *plugins})
     ):
-        raise ValueError("give auto, null for none, or an address of MLflow (http://, https://, sqlite:///, ...)")
+        raise ValueError(
+            f"{value!r}: give auto, null for none, or an address of MLflow (http://, https://, sqlite:///, ...)"
+        )
     return value
 
 

@@ -60,7 +60,7 @@ def test_what_teaches_nothing_or_does_not_fit_is_refused(
 
 @pytest.mark.parametrize("uri", ["foo", "htp://127.0.0.1:1", "", False, 5, "../mlruns"])
 def test_where_mlflow_cannot_be_is_refused(uri: object) -> None:
-    with pytest.raises(ConfigError, match=r"tracking.mlflow .*give auto, null for none, or an address of MLflow"):
+    with pytest.raises(ConfigError, match=r"tracking.mlflow: .*: give auto, null for none, or an address of MLflow"):
         method_config("mae", "vit", tracking={"mlflow": uri})
 
 
