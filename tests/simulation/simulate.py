@@ -28,7 +28,7 @@ import torch
 
 from mim_scale.config import PretrainConfig
 from mim_scale.config_file import check_config, config_values
-from mim_scale.errors import EXIT_REQUEUE, CheckpointError
+from mim_scale.errors import EXIT_REQUEUE, CheckpointError, DamagedCheckpointError
 from mim_scale.training.checkpoint import CheckpointFolder, read_checkpoint
 from mim_scale.training.journal import read_journal
 from tests.simulation.cluster import KILLED, Launch
@@ -205,7 +205,8 @@ class Simulation:
 
     def _check_codes(self, launch: Launch) -> None:
         codes = set(launch.codes.values()) - {0, EXIT_REQUEUE, KILLED}
-        if codes and (not self._excuses or codes != {CheckpointError.exit_code}):
+        told = {CheckpointError.exit_code}, {DamagedCheckpointError.exit_code}
+        if codes and (not self._excuses or codes not in told):
             raise BrokenError(f"ended with {launch.codes}, and no fault excuses it")
 
     def _check_checkpoints(self) -> None:

@@ -200,6 +200,9 @@ class MlflowServer:
         self.runs[run] = {"key": next(iter(tags.values())), "points": [], "files": set(), "status": "RUNNING"}
         return SimpleNamespace(info=SimpleNamespace(run_id=run))
 
+    def _get_run(self, run: str) -> Any:
+        return SimpleNamespace(info=SimpleNamespace(run_id=run, status=self.runs[run]["status"]))
+
     def _update_run(self, run: str, status: str) -> None:
         self.runs[run]["status"] = status
 
@@ -240,8 +243,9 @@ def mlflow_modules(server: Callable[[], MlflowServer]) -> dict[str, ModuleType]:
         def __getattr__(self, name: str) -> Any:
             return lambda *arguments, **named: server().call(name, *arguments, **named)
 
-    mlflow, entities = ModuleType("mlflow"), ModuleType("mlflow.entities")
+    mlflow, entities, exceptions = (ModuleType(f"mlflow{name}") for name in ("", ".entities", ".exceptions"))
     mlflow.MlflowClient = Client  # type: ignore[attr-defined]
     for name in ("Metric", "Param", "RunTag", "Dataset", "DatasetInput", "InputTag"):
         setattr(entities, name, _Entity)
-    return {"mlflow": mlflow, "mlflow.entities": entities}
+    exceptions.MlflowException = type("MlflowException", (Exception,), {})  # type: ignore[attr-defined]
+    return {module.__name__: module for module in (mlflow, entities, exceptions)}
