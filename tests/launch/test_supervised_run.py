@@ -100,6 +100,23 @@ def test_rank_launcher_and_supervisor_killed(launcher: Callable[[int], list[str]
 
 
 @pytest.mark.soak
+def test_stages_and_ranks_change_again_and_again(tmp_path: Path) -> None:
+    """Each leg is asked to stop; the next takes up the pieces that the ranks before it held."""
+    config, batch = small_run(tmp_path, steps=14, engine="deepspeed"), ("train.batch=12", "train.micro_batch=2")
+    output, straight = tmp_path / "run", tmp_path / "straight"
+    legs = ((2, 3, 3, ()), (1, 0, 6, ()), (3, 2, 9, ()), (3, 3, 11, ("train.offload_optimizer=true",)), (2, 1, 14, ()))
+    for world, stage, upto, more in legs:
+        with supervised(
+            *torchrun(world), *arguments(config, output), *batch, f"train.zero_stage={stage}", *more
+        ) as job:
+            until(lambda upto=upto: len(losses(output)) >= upto, lambda: job.poll() is None)
+            job.send_signal(signal.SIGTERM)
+            assert ended(job, LIMIT_S)[0] == (75 if upto < 14 else 0)
+    assert run([*python(), *arguments(config, straight), *batch, "train.engine=plain"]).returncode == 0
+    assert losses(output) == pytest.approx(losses(straight), rel=1e-5)
+
+
+@pytest.mark.soak
 @pytest.mark.parametrize("launcher", [torchrun, deepspeed])
 def test_a_mistake_under_launchers(launcher: Callable[[int], list[str]], tmp_path: Path) -> None:
     config = small_run(tmp_path)
